@@ -1,5 +1,6 @@
 """Processes of a group, for tests: forked from a server that has loaded torch and the trainer."""
 
+import atexit
 import multiprocessing
 import os
 import socket
@@ -29,7 +30,11 @@ def _work(function: Callable, words: Sequence, variables: dict[str, str], log: s
     for stream in (1, 2):
         os.dup2(file, stream)
     torch.set_num_threads(1)
-    sys.exit(function(*words))
+    try:
+        status = function(*words)
+    finally:
+        atexit._run_exitfuncs()  # loaders end their workers there; multiprocessing leaves it out
+    sys.exit(status)
 
 
 class Rank:

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from common.files import read_json_lines
-from tests.pretrain.engine.run_helpers import free_port
+from tests.multihost.recorded_run import record
+from tests.ranks import assert_well, free_port, run_group
 from tests.slurm.tiny_run import (
     BATCH,
     ROOT,
@@ -34,15 +35,6 @@ RECORDED = str(Path(__file__).parent / "recorded_run.py")
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }  # fmt: skip
-
-
-def run_alone(config: Path, out: Path) -> None:
-    """The undisturbed run, in one process from its beginning to its end."""
-    command = [sys.executable, RECORDED, f"{out}-0.jsonl", str(config), f"out={out}"]
-    done = subprocess.run(
-        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def start(number: int, port: int, config: Path, out: Path) -> subprocess.Popen:
@@ -91,7 +83,8 @@ def last_epoch_loss(out: Path) -> float:
 def test_one_of_two_goes_on_with_the_same_batches(tmp_path: Path) -> None:
     config = write_config(tmp_path, optim={"epochs": EPOCHS})
     whole, fewer = tmp_path / "whole", tmp_path / "fewer"
-    run_alone(config, whole)
+    words = (f"{whole}-0.jsonl", [str(config), f"out={whole}"])
+    assert_well(run_group(record, words, 1, PATIENCE))
     port = free_port()
     jobs = [start(number, port, config, fewer) for number in range(2)]
     try:

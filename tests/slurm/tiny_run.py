@@ -13,8 +13,10 @@ import yaml
 
 from common.checkpoints import checksum
 from common.files import read_json_lines
+from pretrain.__main__ import main as pretrain
 from pretrain.engine import checkpoint
 from tests.pretrain.data.picture_helpers import pack_pictures
+from tests.ranks import assert_well, run_group
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_PICTURES, BATCH, EPOCHS = 96, 16, 4
@@ -76,13 +78,9 @@ def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
 
 
 def run_undisturbed(config: Path, out: Path, *overrides: str, num_processes: int = 2) -> Path:
-    """The run that a disturbed one must equal; not started in the repository."""
-    command = ["bash", str(ROOT / "tools/pretrain.sh"), str(config), f"out={out}", *overrides]
-    environment = os.environ | {"NPROC": str(num_processes), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=out.parent, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    """The run that a disturbed one must equal."""
+    words = [str(config), f"out={out}", *overrides]
+    assert_well(run_group(pretrain, (words,), num_processes, 900))
     return out
 
 
