@@ -43,8 +43,9 @@ PICTURE_SUFFIXES = frozenset(
 _OTHER_SUFFIXES = (".xml", ".txt", ".json", ".csv", ".cls", ".html")  # not worth to open a file
 _HEAVY = ("AVIF", "JPEG2000")  # take twice the memory of others while they are decoded
 _HUFFMAN_FRAMES = (0xC0, 0xC1)  # sequential, whose rows follow each other in the file
-_TABLES = (0xC4, 0xC8, 0xCC)  # markers among those of frames that are none
-_SCAN, _END, _RESTARTS = 0xDA, 0xD9, 0xDD
+# Other frames, the end, restarts: markers of files whose upper rows are not decoded alone.
+_WHOLE_ONLY = frozenset(b"\xc2\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf\xd9\xdd")
+_SCAN = 0xDA
 _SCAN_START, _PADDING = b"\xff\xda", re.compile(rb"\xff+")
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _APP1 = 0xE1  # holds EXIF or XMP
@@ -135,7 +136,7 @@ def from_pillow(picture: Image.Image, *, where: str) -> np.ndarray:
 def _decode_stored(data: Encoded, where: str) -> tuple[np.ndarray, int]:
     """As `decode`, but not upright: the pixels and the orientation that is to be applied."""
     if data[:2] == _JPEG:
-        orientation = _check_jpeg(data, where)
+        orientation, _ = _check_jpeg(data, where)
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
             _check_size(int(width), int(height), where)
@@ -169,12 +170,16 @@ class Header:
         width: In pixels, upright.
         is_fast: True for JPEGs that libjpeg-turbo can turn into RGB: grey and colour, not CMYK.
         orientation: How the pixels of `decode_fast` are to be turned: EXIF's, from 1 to 8.
+        height_at: Place of the height among the bytes of a JPEG whose upper rows can be decoded
+            alone; None of others. Its rows follow each other in one scan without restart markers:
+            else what libjpeg says of the data behind the rows would say too little.
     """
 
     height: int
     width: int
     is_fast: bool
     orientation: int = 1
+    height_at: int | None = None
 
     @property
     def stored_size(self) -> tuple[int, int]:
@@ -207,7 +212,7 @@ def read_header(data: Encoded, *, where: str) -> Header:
     if data[:2] != _JPEG:
         shape, orientation = _open_header(io.BytesIO(data), where)
         return Header(shape.height, shape.width, is_fast=False, orientation=orientation)
-    orientation, is_fast = _check_jpeg(data, where), False
+    (orientation, height_at), is_fast = _check_jpeg(data, where), False
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(int(width), int(height), where)
@@ -219,7 +224,7 @@ def read_header(data: Encoded, *, where: str) -> Header:
         height, width = shape.stored_size
     if orientation >= 5:
         height, width = width, height
-    return Header(int(height), int(width), is_fast, orientation)
+    return Header(int(height), int(width), is_fast, orientation, height_at)
 
 
 def decode_fast(
@@ -244,13 +249,12 @@ def decode_fast(
         BadPicture: If the picture does not decode or is cut short.
     """
     if header.is_fast:
-        size = header.stored_size
         if num_rows is not None:
-            image = decode_upper_rows(data, size, num_rows, reduction)
+            image = decode_upper_rows(data, header, num_rows, reduction)
             if image is not None:
                 return image, reduction
         try:
-            return decode_fastest(data, size, reduction), reduction
+            return decode_fastest(data, header.stored_size, reduction), reduction
         except ValueError:
             pass  # damaged a little or a lot: Pillow decides
     return _decode_stored(data, where)[0], 1
@@ -450,36 +454,36 @@ def _short(error: Exception) -> str:
 # -- the header of a JPEG: read from the bytes, since it must cost next to nothing ----------------
 
 
-def _check_jpeg(data: Encoded, where: str) -> int:
+def _check_jpeg(data: Encoded, where: str) -> tuple[int, int | None]:
     """Bound what a JPEG costs.
 
     Returns:
-        Its orientation, as `_orientation_of`.
+        Its orientation, as `_orientation_of`, and `Header.height_at`.
     """
-    end, is_one_scan, segments = _header_of(data)
+    end, is_one_scan, segments, height_at = _header_of(data)
     if (len(data) if end is None else end) >= _MAX_HEADER:
         raise BadPicture(f"{where}: more than {_MAX_HEADER:,} bytes of metadata; remove them")
     if not is_one_scan and bytes(data).count(_SCAN_START) > _MAX_SCANS:
         raise BadPicture(f"{where}: is a JPEG of more than {_MAX_SCANS} scans; save it anew")
     if not segments:
-        return 1
+        return 1, height_at
     exif = b"".join(s[len(_EXIF) :] for s in segments if s.startswith(_EXIF))
     orientation = _exif_orientation(exif)
     if orientation is None:
         xmp = next((s for s in reversed(segments) if s.startswith(_XMP)), b"")
         match = _XMP_ORIENTATION.search(xmp)
         orientation = int(match[2]) if match else 1
-    return orientation if 1 <= orientation <= 8 else 1
+    return orientation if 1 <= orientation <= 8 else 1, height_at
 
 
-def _header_of(data: Encoded) -> tuple[int | None, bool, list[bytes]]:
+def _header_of(data: Encoded) -> tuple[int | None, bool, list[bytes], int | None]:
     """The part of a JPEG before its pixels.
 
     Returns:
-        Where it ends, None if not in `data`; whether one scan has all pixels; and its EXIF and XMP
-        segments.
+        Where it ends, None if not in `data`; whether one scan has all pixels; its EXIF and XMP
+        segments; and `Header.height_at`.
     """
-    at, num_colours, segments = 2, 0, []
+    at, num_colours, segments, height_at, is_plain = 2, 0, [], None, True
     try:
         while data[at] == 0xFF and at < _MAX_HEADER:
             marker = data[at + 1]
@@ -487,15 +491,18 @@ def _header_of(data: Encoded) -> tuple[int | None, bool, list[bytes]]:
                 at = padding.end() - 1
                 continue
             if marker == _SCAN:
-                return at, data[at + 4] == num_colours, segments
+                is_one_scan = data[at + 4] == num_colours
+                return at, is_one_scan, segments, height_at if is_one_scan and is_plain else None
             if marker == _APP1:
                 segments.append(bytes(data[at + 4 : at + 2 + (data[at + 2] << 8 | data[at + 3])]))
             elif marker in _HUFFMAN_FRAMES:
-                num_colours = data[at + 9]
+                height_at, num_colours = at + 5, data[at + 9]
+            elif marker in _WHOLE_ONLY:
+                is_plain = False
             at += 2 + (data[at + 2] << 8 | data[at + 3])
     except IndexError:
-        return None, False, segments
-    return at, False, segments  # too long, or no marker where one should be
+        return None, False, segments, None
+    return at, False, segments, None  # too long, or no marker where one should be
 
 
 def _exif_orientation(exif: bytes) -> int | None:
@@ -550,7 +557,7 @@ def decode_fastest(
 
 
 def decode_upper_rows(
-    data: bytes | bytearray | memoryview, size: tuple[int, int], num_rows: int, reduction: int
+    data: Encoded, header: Header, num_rows: int, reduction: int
 ) -> np.ndarray | None:
     """Decode the upper rows by a copy whose header gives a smaller height.
 
@@ -560,43 +567,24 @@ def decode_upper_rows(
 
     Args:
         data: A JPEG that libjpeg-turbo can turn into RGB.
-        size: Height and width in pixels, from its header.
-        num_rows: Rows needed.
+        header: From `read_header`.
+        num_rows: Rows of the stored picture that are needed.
         reduction: 1, 2, 4 or 8: decode so many times smaller, sides rounded up.
     Returns:
-        uint8 [h, w, 3], RGB: at least the rows needed, equal to those of `decode_fastest`. None if
-        nothing can be saved, or the file is not such that its rows can be decoded alone.
+        uint8 [h, w, 3], RGB: the rows needed, equal to those of `decode_fastest`. None if nothing
+        can be saved, or the file is not such that its rows can be decoded alone.
     """
-    height, width = size
-    num_rows = -(-num_rows // _BLOCKS) * _BLOCKS
-    at = _place_of_height(data) if num_rows < height else None
-    if at is None or int.from_bytes(data[at : at + 2], "big") != height:
+    (height, width), at = header.stored_size, header.height_at
+    # A warning comes only of whole blocks that are left over.
+    if at is None or -(-num_rows // _BLOCKS) * _BLOCKS >= height:
         return None
-    lower = bytearray(data)
-    lower[at : at + 2] = num_rows.to_bytes(2, "big")
+    if int.from_bytes(data[at : at + 2], "big") != height:
+        return None
+    upper = bytearray(data)
+    upper[at : at + 2] = num_rows.to_bytes(2, "big")
     image = np.empty((-(-num_rows // reduction), -(-width // reduction), 3), np.uint8)
     try:
-        decode_fastest(lower, (num_rows, width), reduction, image)
+        decode_fastest(upper, (num_rows, width), reduction, image)
     except ValueError as error:  # raised after the rows were written
         return image if str(error).endswith(_LEFT_OVER) else None
-    return None
-
-
-def _place_of_height(data: bytes | bytearray | memoryview) -> int | None:
-    """Where the header has the height; None unless all rows follow each other in one scan.
-
-    So progressive files, those of several scans, and those with restart markers are left out: what
-    libjpeg says of the data behind the rows would then say too little.
-    """
-    at, place, num_colours = 2, None, 0
-    while at + 9 < len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker in _HUFFMAN_FRAMES:
-            place, num_colours = at + 5, data[at + 9]
-        elif marker == _SCAN:
-            is_one_scan = place is not None and data[at + 4] == num_colours
-            return place if is_one_scan else None
-        elif marker in (_RESTARTS, _END) or (0xC0 <= marker <= 0xCF and marker not in _TABLES):
-            return None
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return None
