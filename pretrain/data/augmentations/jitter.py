@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common.lazy import torch
-from pretrain.data.augmentations.grey import GREY_MATRIX, LUMA, to_grey
+from pretrain.data.augmentations.grey import GREY_MATRIX, to_grey
 from pretrain.data.augmentations.operation import Operation, Parameters, Step, change_where
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ORDERS = tuple(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
+_LUMA = GREY_MATRIX[0].tolist()  # as the matrices have it, in single precision
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,12 @@ class Jitter(Operation):
                 change_where(x, is_due, function, values)
 
     def picture_steps(self, parameters: Parameters, image_size: int) -> list[list[Step]]:
-        """See `Operation`. Brightness and saturation are products with a 3 x 3 matrix."""
+        """See `Operation`. All but the hue are products with a matrix, made here for all."""
         brightness, saturation = parameters["brightness"], parameters["saturation"]
         eye = np.eye(3, dtype=np.float32)
         scaled = brightness[:, None, None] * eye
         blended = saturation[:, None, None] * (eye - GREY_MATRIX) + GREY_MATRIX
+        shifted = parameters["contrast"][:, None, None] * np.eye(3, 4, dtype=np.float32)
         brightness, saturation = brightness.tolist(), saturation.tolist()
         contrasts = parameters["contrast"].tolist()
         turns = (np.rint(parameters["hue"] * 256).astype(np.int64) % 256).tolist()
@@ -95,9 +98,11 @@ class Jitter(Operation):
         for k, order in enumerate(parameters["order"].astype(np.int64).tolist()):
             steps = (
                 partial(_multiply, matrix=scaled[k]) if brightness[k] != 1 else None,
-                partial(adjust_contrast_uint8, factor=contrasts[k]) if contrasts[k] != 1 else None,
+                partial(_blend_with_mean, matrix=shifted[k], factor=contrasts[k])
+                if contrasts[k] != 1
+                else None,
                 partial(_multiply, matrix=blended[k]) if saturation[k] != 1 else None,
-                partial(adjust_hue_uint8, turn=turns[k]) if turns[k] else None,
+                partial(_turn_hue, turn=turns[k]) if turns[k] else None,
             )
             all_steps.append([step for n in ORDERS[order] if (step := steps[n]) is not None])
         return all_steps
@@ -157,25 +162,35 @@ def _multiply(image: np.ndarray, matrix: np.ndarray) -> None:
     cv2.transform(image, matrix, dst=image)
 
 
-def adjust_contrast_uint8(image: np.ndarray, factor: float) -> None:
-    """Blend with the picture's mean luma, in place: factor * x + (1 - factor) * mean."""
+def _blend_with_mean(image: np.ndarray, matrix: np.ndarray, factor: float) -> None:
+    """Blend with the picture's mean luma, in place: factor * x + (1 - factor) * mean.
+
+    Args:
+        image: uint8 [h, w, 3].
+        matrix: float32 [3, 4], the factor on its diagonal; its last column is written.
+        factor: Of the contrast.
+    """
     import cv2
 
-    mean = float(np.array(LUMA, np.float32) @ cv2.mean(image)[:3])
-    matrix = np.zeros((3, 4), np.float32)
-    matrix[[0, 1, 2], [0, 1, 2]] = factor
-    matrix[:, 3] = (1 - factor) * mean
+    red, green, blue, _ = cv2.sumElems(image)  # half the time of cv2.mean
+    total = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+    matrix[:, 3] = (1 - factor) * total / (image.shape[0] * image.shape[1])
     cv2.transform(image, matrix, dst=image)
 
 
-def adjust_hue_uint8(image: np.ndarray, turn: int) -> None:
+def _turn_hue(image: np.ndarray, turn: int) -> None:
     """Turn the hue of 8-bit HSV by `turn` 256ths of the circle, in place."""
     import cv2
 
     height, width = image.shape[:2]
     cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL, dst=image)
-    rows = image.reshape(height, 3 * width)
-    step = np.zeros((width, 3), np.uint8)
-    step[:, 0] = turn
-    np.add(rows, step.reshape(-1), out=rows)  # wraps around at 256
+    num = math.gcd(height, 16)  # rows at once, for long loops
+    rows = image.reshape(height // num, num * 3 * width)
+    np.add(rows, _hues(num * width) * np.uint8(turn), out=rows)  # wraps around at 256
     cv2.cvtColor(image, cv2.COLOR_HSV2RGB_FULL, dst=image)
+
+
+@lru_cache(maxsize=8)
+def _hues(num_pixels: int) -> np.ndarray:
+    """uint8 [3 * num_pixels] with 1 at the hue of each pixel, else 0."""
+    return np.tile(np.array([1, 0, 0], np.uint8), num_pixels)
