@@ -2,8 +2,9 @@
 
 All figures are source pictures (each gives two views) per second of processor time of one thread,
 medians over rounds in which every candidate takes its turn: what else the machine does disturbs
-them little. The other libraries live in an environment of their own
-(benchmarks/peers/make_env.sh); without --peers only torchvision is compared.
+them little. "stages" says where our loader's time goes, in microseconds per picture. The other
+libraries live in an environment of their own (benchmarks/peers/make_env.sh); without --peers only
+torchvision is compared.
 
 Examples:
   export OMP_NUM_THREADS=1
@@ -22,11 +23,13 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import cv2
 import numpy as np
@@ -40,6 +43,8 @@ from benchmarks import harness
 from benchmarks.harness import SEED, VIEWS, two_view_dataset
 from benchmarks.peers.serve import LIBRARIES, MEAN, STD
 from common.errors import UserError, require
+from pretrain.data import decode
+from pretrain.data.augmentations.operation import Operation, Parameters, Step
 from pretrain.data.input_pipeline import augment, normalize
 from pretrain.data.loader import Loader, ViewBatch
 from pretrain.data.policy import draw_parameters
@@ -109,6 +114,71 @@ def finish(batch: ViewBatch) -> list[torch.Tensor]:
         drawn = draw_parameters(VIEWS[n], hashes, repeats, seed=SEED, view_index=n)
         found.append(augment(view, drawn, MEAN, STD))
     return found
+
+
+# Stages of our loader: name, and the function in its place.
+STAGES: tuple[tuple[str, Any, str], ...] = (
+    ("read the tar", ShardIndex, "read_many"),
+    ("read headers", decode, "read_header"),
+    ("draw crops", decode, "draw_crops"),
+    ("draw colours", decode, "draw_parameters"),
+    ("decode", decode, "decode_fast"),
+    ("resize", decode, "resize"),
+    ("flip", cv2, "flip"),
+    ("normalise", sys.modules[__name__], "finish"),
+)
+
+
+def stage_times(work: Work, num_pictures: int) -> dict[str, float]:
+    """Where the processor time of an epoch goes, in microseconds per picture.
+
+    Each stage is timed in its place: alone it would find its code and its pixels in the cache.
+
+    Args:
+        work: The epoch; its batches are made in this process.
+        num_pictures: How many it holds.
+    Returns:
+        Of each stage, of each photometric operation by its name, and of the "rest" (Python between
+        the stages, the clock itself).
+    """
+    spent: Counter[str] = Counter()
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> Any:
+            start = time.thread_time()
+            try:
+                return function(*args, **named)
+            finally:
+                spent[name] += time.thread_time() - start  # type: ignore[assignment]
+
+        return call
+
+    def with_timed_steps(operation: type[Operation]) -> Callable[..., list[list[Step]]]:
+        plan = timed("draw colours", operation.picture_steps)
+
+        def picture_steps(own: Operation, parameters: Parameters, size: int) -> list[list[Step]]:
+            return [[timed(own.name, s) for s in steps] for steps in plan(own, parameters, size)]
+
+        return picture_steps
+
+    with ExitStack() as stack:
+        for name, owner, attribute in STAGES:
+            function = timed(name, getattr(owner, attribute))
+            stack.enter_context(patch.object(owner, attribute, function))
+        for name in Operation.registry.names():
+            operation = Operation.registry[name]
+            steps = with_timed_steps(operation)
+            stack.enter_context(patch.object(operation, "picture_steps", steps))
+        start = time.thread_time()
+        work()
+        total = time.thread_time() - start
+    spent["rest"] = total - sum(spent.values())  # type: ignore[assignment]
+    return {name: 1e6 * seconds / num_pictures for name, seconds in spent.items()}
+
+
+def stage_medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """The median over the rounds of each stage."""
+    return harness.medians({name: [one[name] for one in rounds] for name in rounds[0]})
 
 
 def result(measured: Rates) -> dict[str, Any]:
@@ -262,11 +332,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     for recipe in peer.recipes:
                         turns["peers", f"{recipe}, {size} px"] = peer.candidate(recipe, size)
             measured = harness.take_turns(turns, options.num_rounds)
+        whole, num_due = works["ours", WHOLE.format(224)]
+        stages = [stage_times(whole, num_due) for _ in range(options.num_rounds + 1)]
         index.close()
     groups: Rates = {"decoders": {}, "ours": {}, "peers": {}}
     for (group, name), values in measured.items():
         groups[group][name] = values
     figures = result(groups) | {
+        "stages": stage_medians(stages[1:]),
         "num_rounds": options.num_rounds,
         "num_photos": num,
         "batch_size": options.batch_size,

@@ -176,6 +176,9 @@ def test_loader(tmp_path, monkeypatch):
     own_blur = peers["torchvision v1 on Pillow, its own blur, 224 px"]
     assert figures["cpu_vs_pil_own_blur"] == pytest.approx(whole / own_blur)
     assert figures["cpu_vs_lightly"] is None  # no --peers
+    stages = figures["stages"]
+    assert stages.keys() >= {"decode", "resize", "flip", "jitter", "blur", "normalise", "rest"}
+    assert stages["decode"] > stages["flip"] > 0
 
 
 def test_predict_beside_the_default_predictor(tmp_path):

@@ -59,6 +59,7 @@ def test_other_kinds_are_decoded_whole(name: str) -> None:
     data = WHOLE_ONLY[name]
     assert upper(data, 16) is None
     header = read_header(data, where="")
+    assert header.height_at is None
     assert decode_fast(data, header, 1, where="", num_rows=16)[0].shape == PICTURE.shape
 
 
