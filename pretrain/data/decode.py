@@ -155,14 +155,19 @@ class ViewWriter:
                 failed[row] = str(error)
                 continue
             for view, targets in enumerate(out):
-                target = targets[row]
                 crop(
                     image, boxes[view][k], view_sizes[view], is_flipped=flips[view][k],
-                    reduction=reduction, orientation=headers[k].orientation, out=target,
+                    reduction=reduction, orientation=headers[k].orientation, out=targets[row],
                     interpolation=policies[view].crop.interpolation,
                 )  # fmt: skip
-                for step in steps[view][k]:
-                    step(target)
+
+        # Colours change after all is decoded: between two decodings each of these functions would
+        # have to come into the processor's caches again, which costs more than the pixels do.
+        for view, targets in enumerate(out):
+            for k, row in enumerate(rows):
+                if row not in failed:
+                    for step in steps[view][k]:
+                        step(targets[row])
         return failed
 
 

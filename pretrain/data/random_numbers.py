@@ -49,7 +49,6 @@ def draw_uniforms(
     *,
     seed: int,
     view_index: int,
-    first: int = 0,
 ) -> np.ndarray:
     """Uniform numbers for each sample: a function of its arguments and the draw alone.
 
@@ -60,17 +59,16 @@ def draw_uniforms(
         num_draws: Draws per sample.
         seed: Seed of the run.
         view_index: Number of the view, from 0.
-        first: Draws of the stream that are left out before.
     Returns:
         float64 [num_draws, n] in [0, 1), multiples of 2**-53.
     """
     repeats = np.asarray(repeats)
     if repeats.size and (repeats == repeats.flat[0]).all():  # as nearly always
         base = np.uint64(_base(purpose, seed, int(repeats.flat[0]), view_index))
-        return uniforms(sample_hashes, base, num_draws, first)
+        return uniforms(sample_hashes, base, num_draws)
     kinds, which = np.unique(repeats, return_inverse=True)
     bases = np.array([_base(purpose, seed, int(kind), view_index) for kind in kinds], np.uint64)
-    return uniforms(sample_hashes, bases[which.reshape(repeats.shape)], num_draws, first)
+    return uniforms(sample_hashes, bases[which.reshape(repeats.shape)], num_draws)
 
 
 @lru_cache(maxsize=64)
@@ -80,7 +78,7 @@ def _base(purpose: str, seed: int, kind: int, view_index: int) -> int:
 
 
 def uniforms(
-    sample_hashes: np.ndarray, base: np.ndarray | np.uint64 | int, num_draws: int, first: int = 0
+    sample_hashes: np.ndarray, base: np.ndarray | np.uint64 | int, num_draws: int
 ) -> np.ndarray:
     """Counter-based uniform numbers in [0, 1): SplitMix64's mixer over (base, hash, draw).
 
@@ -88,12 +86,11 @@ def uniforms(
         sample_hashes: int64 or uint64 [n].
         base: 64-bit number of the stream; or uint64 [n], one for each hash.
         num_draws: Draws per hash.
-        first: Draws that are left out before.
     Returns:
         float64 [num_draws, n], multiples of 2**-53.
     """
     sample_hashes = np.ascontiguousarray(sample_hashes).view(np.uint64)
-    counters = np.arange(first + 1, first + num_draws + 1, dtype=np.uint64)[:, None]
+    counters = np.arange(1, num_draws + 1, dtype=np.uint64)[:, None]
     counters *= np.uint64(0x9E3779B97F4A7C15)
     state = _mix(_mix(sample_hashes ^ np.asarray(base, np.uint64))[None, :] + counters)
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
