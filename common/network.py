@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import common.startup  # noqa: F401  (before torchvision)
+
+# isort: split
 import contextlib
 from collections.abc import Iterator
 from functools import partial

@@ -1,8 +1,9 @@
 """Entry point to Detectron2: import this module before any name of `detectron2`.
 
-Detectron2's reader of weights is patched here, at run time, and nowhere else. What it needs of
-torch, numpy and Pillow is the work of the build: the pure-Python one that
-tools/install_detectron2.py makes, or a user's own of the current main branch.
+Detectron2's reader of weights, and its question whether torch's compiler is at work, are patched
+here, at run time, and nowhere else. What it needs of torch, numpy and Pillow is the work of the
+build: the pure-Python one that tools/install_detectron2.py makes, or a user's own of the current
+main branch.
 
 Not patched, but avoided: `detectron2.model_zoo` imports `pkg_resources`, gone since setuptools 82.
 The base YAMLs are kept in configs/detection/, and no module here may import `model_zoo`.
@@ -10,12 +11,17 @@ The base YAMLs are kept in configs/detection/, and no module here may import `mo
 
 from __future__ import annotations
 
+import common.startup  # noqa: F401  (before torchvision)
+
+# isort: split
 import importlib
 import importlib.util
 import logging
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+
+import torch
 
 from common import checkpoints
 from common.errors import UserError
@@ -73,5 +79,16 @@ def silence_torch() -> None:
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 
+def leave_compiler_out() -> None:
+    """Detectron2's convolutions ask torch's compiler whether it is at work, and import it for that.
+
+    The public function that says the same does not.
+    """
+    wrappers = importlib.import_module("detectron2.layers.wrappers")
+    if hasattr(wrappers, "check_if_dynamo_compiling"):
+        wrappers.__dict__["check_if_dynamo_compiling"] = torch.compiler.is_compiling
+
+
 patch_safe_pickle()
+leave_compiler_out()
 silence_torch()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -28,6 +29,8 @@ from pipeline.run import SAVE_SECONDS, Decision, Limits, Progress, Runner, TimeI
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKS_FILE = "checks.json"
+_MOST_KEPT = 200  # checks of dry runs
+_CODE = ("common", "detection", "pipeline", "pretrain", "tools")
 _LEAST = {"seeds": 1, "parallel": 1, "cpus_per_run": 1, "time_minutes": 1, "gpus_per_run": 0,
           "max_failures": 0}  # fmt: skip
 
@@ -104,13 +107,14 @@ def check(
         config: The settings that the stages were made from.
         stages: Those that will run, or have run.
         root: The repository.
-        out: The run's folder; if it is there, checks that passed are kept in it.
+        out: The run's folder. Checks that passed are kept in it, or in the user's cache
+            ($FA_CACHE, else .cache here) while it is not there.
     Raises:
         UserError: Naming all that was found.
     """
     # Each program is started once and checks what all its stages would do.
-    kept = read_record_or_none(out / CHECKS_FILE) or {}
-    kept = {key: told for key, told in kept.items() if isinstance(told, dict)}
+    cache, code = Path(os.environ.get("FA_CACHE") or root / ".cache"), code_digest(root)
+    before, kept = (kept_checks(folder, code) for folder in (cache, out))
     keys: dict[str, str] = {}  # stage -> key of its check
     by_program: dict[tuple[str, ...], dict[str, Stage]] = defaultdict(dict)
     for stage in stages:
@@ -118,6 +122,8 @@ def check(
             parts = stage.key_parts(root, out, dict.fromkeys(stage.upstream))
             about = {name: parts[name] for name in ("files", "libraries", "code")}
             keys[stage.name] = key = digest(about | {"check": list(stage.check)})
+            if key in before:
+                kept.setdefault(key, before[key])
             if key not in kept:
                 by_program[stage.check[:2]].setdefault(key, stage)
     if by_program:
@@ -147,8 +153,26 @@ def check(
     if faults:
         raise UserError("nothing was started:\n  " + "\n  ".join(dict.fromkeys(faults)))
     if out.is_dir():
-        write_json(out / CHECKS_FILE, kept)
+        write_json(out / CHECKS_FILE, {"code": code} | kept)
+    elif by_program:
+        newest = dict(list((before | kept).items())[-_MOST_KEPT:])
+        with contextlib.suppress(OSError):  # a dry run: its next one begins sooner
+            write_json(cache / CHECKS_FILE, {"code": code} | newest)
     return facts
+
+
+def code_digest(root: Path) -> str:
+    """A hash of names, sizes and times of this project's modules."""
+    paths = sorted(path for name in _CODE for path in (root / name).rglob("*.py"))
+    stats = [(path.relative_to(root).as_posix(), path.stat()) for path in paths]
+    return digest({name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats})
+
+
+def kept_checks(folder: Path, code: str) -> dict[str, dict[str, Any]]:
+    """The answers that a folder keeps, by key; none if other code gave them."""
+    told = read_record_or_none(folder / CHECKS_FILE) or {}
+    is_current = told.get("code") == code
+    return {key: answer for key, answer in told.items() if is_current and isinstance(answer, dict)}
 
 
 def ask(stages: Mapping[str, Stage], root: Path, **environment: str) -> list[dict[str, Any]]:

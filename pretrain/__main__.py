@@ -78,10 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if config.out is not None:
             check_out_folder(Path(config.out))
+        from common.startup import simplify_optimizers
         from pretrain.engine.guards import out_of_memory_explained
         from pretrain.engine.profiling import profile
         from pretrain.run import check, make_trainer
 
+        simplify_optimizers()
         try:
             with out_of_memory_explained(OUT_OF_MEMORY):
                 if options.check:

@@ -164,7 +164,7 @@ def test_pipeline_does_not_load_torch_or_detectron2() -> None:
     assert {"torch", "detectron2"}.isdisjoint(done.stdout.split())
 
 
-def test_common_needs_torch_for_checkpoints_only() -> None:
+def test_common_needs_torch_for_checkpoints_and_networks_only() -> None:
     """And common/lazy.py imports it on first use."""
     found = {
         str(path)
@@ -173,7 +173,8 @@ def test_common_needs_torch_for_checkpoints_only() -> None:
         if name.split(".")[0] in ("torch", "torchvision")
     }
     # lazy.py names them for type checkers only.
-    reading = {f"common/{name}.py" for name in ("backbone", "checkpoints", "network", "pickles")}
+    names = ("backbone", "checkpoints", "network", "pickles", "startup")
+    reading = {f"common/{name}.py" for name in names}
     assert found == {*reading, "common/lazy.py"}
 
 

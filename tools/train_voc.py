@@ -73,8 +73,12 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None or errors.EACH in sys.argv:  # a process of its own
         keep_freed_memory()
     arguments = parse_arguments(argv)
-    from torch import OutOfMemoryError
-    from torch.multiprocessing.spawn import ProcessException  # seconds that --help need not wait
+    from torch import OutOfMemoryError  # seconds that --help need not wait
+    from torch.multiprocessing.spawn import ProcessException
+
+    from common.startup import simplify_optimizers
+
+    simplify_optimizers()
 
     def work() -> None:
         try:

@@ -98,6 +98,31 @@ def test_what_is_right_passes_and_says_what_it_takes(folder, monkeypatch, capsys
         checked(folder)
 
 
+def test_a_dry_run_makes_no_folder_and_keeps_its_checks(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FA_CACHE", str(tmp_path / "cache"))
+    new, code = tmp_path / "new", tmp_path / "code/common"
+    words = [str(folder / "own.yaml"), "--out", str(new), "--dry-run", "--until", "shards"]
+
+    def printed() -> list[str]:
+        assert main(words) == 0
+        assert not new.exists()
+        return capsys.readouterr().out.splitlines()
+
+    first = printed()
+    assert first[0].startswith("checking")
+    assert printed() == first[1:]
+
+    # Code that has changed is asked again.
+    code.mkdir(parents=True)
+    digests = set()
+    for text in ("", "x = 1\n"):
+        (code / "module.py").write_text(text)
+        digests.add(experiment.code_digest(tmp_path / "code"))
+    assert len(digests) == 2
+    monkeypatch.setattr(experiment, "code_digest", lambda root: digests.pop())
+    assert printed() == first
+
+
 PRETRAINING = {  # variant -> what is wrong with it, and what is said of that
     "typo": ({"optim.epochz": 3}, "unknown key optim.epochz"),
     "method": ({"fa.method": "mask", "fa.architecture": "post"}, "cannot train"),

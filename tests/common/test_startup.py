@@ -1,0 +1,50 @@
+"""Programs start without torch's compiler, and their optimisers compute what they always did."""
+
+import subprocess
+import sys
+
+TRAINING = """
+import sys
+import common.startup
+if sys.argv[1] == "simple":
+    common.startup.simplify_optimizers()
+import torch
+import pretrain.run, detection.training.run
+from detectron2.layers import Conv2d, ROIAlign
+from pretrain.engine.optim import LARS
+
+torch.manual_seed(0)
+images, rois = torch.randn(2, 3, 8, 8), torch.tensor([[0.0, 1, 1, 6, 6], [1, 0, 2, 7, 5]])
+kinds = {
+    torch.optim.SGD: {"momentum": 0.9, "weight_decay": 0.1}, torch.optim.Adam: {},
+    torch.optim.AdamW: {}, LARS: {"momentum": 0.9, "eta": 0.1},
+}
+for kind, options in kinds.items():
+    model = torch.nn.Sequential(Conv2d(3, 4, 3), torch.nn.ReLU())
+    optimizer = kind(model.parameters(), lr=0.1, **options)
+    for _ in range(3):
+        optimizer.zero_grad()
+        ROIAlign(2, 1.0, 0)(model(images), rois).square().sum().backward()
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+    print([x.hex() for x in torch.cat([w.detach().flatten() for w in model.parameters()]).tolist()])
+compiler = [name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor"))]
+print(len(compiler) if sys.argv[1] == "plain" else compiler)
+if sys.argv[1] == "simple":  # the compiler is there where it is asked for
+    print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item())
+"""
+
+
+def trained(kind: str) -> list[str]:
+    command = [sys.executable, "-c", TRAINING, kind]
+    return subprocess.run(command, capture_output=True, check=True, text=True).stdout.splitlines()
+
+
+def test_training_needs_no_compiler_and_gives_the_same_bits() -> None:
+    *simple, compiler, compiled = trained("simple")
+    *plain, num_modules = trained("plain")
+    assert compiler == "[]"
+    assert compiled == "2.0"
+    assert int(num_modules) > 100
+    assert simple == plain
+    assert len(plain) == 4
