@@ -19,6 +19,8 @@ bf16-mixed for 16-mixed; so do the two here.
 
 "images_per_second" are medians over rounds, "ratios" medians of ours / rival in the same round.
 "mfu": FLOPs of the plain step over the rate that --peak-tflops states for the device.
+"convolutions", on a CPU: those of our step alone, on the same tensors, forward and backward; their
+share of the step bounds what all else can gain.
 "from_shards_share": the rate from shards over the rate on synthetic data, wall-clock time.
 
 Examples:
@@ -46,6 +48,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import harness
 from benchmarks.harness import Clock, Sizes
@@ -277,6 +280,39 @@ class LoopLARS(torch.optim.Optimizer):
                 w.add_(state["velocity"], alpha=-group["lr"])
 
 
+class Convolutions:
+    """The convolutions of a step, forward and backward, on the tensors that they were given.
+
+    Args:
+        ours: One step of it is recorded.
+    """
+
+    def __init__(self, ours: Ours) -> None:
+        self.calls: list[partial[Any]] = []
+        with _ConvolutionRecorder(self.calls):
+            ours.steps(1)
+
+    def steps(self, num: int) -> None:
+        """So many times those of one step."""
+        for _ in range(num):
+            for call in self.calls:
+                call()
+
+
+class _ConvolutionRecorder(TorchDispatchMode):
+    def __init__(self, calls: list[partial[Any]]) -> None:
+        super().__init__()
+        self._calls = calls
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        aten = torch.ops.aten
+        if func.overloadpacket in (aten.convolution, aten.convolution_backward):
+            self._calls.append(partial(func, *args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
 Arm = Ours | Rival
 
 
@@ -406,7 +442,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for arm in arms.values():
             arm.steps(num_warmups)
         turns = {n: partial(clock, partial(arm.steps, num_steps)) for n, arm in arms.items()}
+        is_taken_apart = not (is_gpu or run.task.config.engine.compile)
+        if is_taken_apart:
+            alone = Convolutions(arms["ours"])  # type: ignore[arg-type]
+            turns["convolutions"] = partial(clock, partial(alone.steps, num_steps))
         times = harness.take_turns(turns, options.rounds, num_warmups=0)
+        convolutions = None
+        if is_taken_apart:
+            of_them = times.pop("convolutions")
+            ms = statistics.median(of_them) / num_steps
+            gflop = count_flops(lambda: alone.steps(1)) / 1e9
+            share = statistics.median(harness.ratios(of_them, times["ours"]))
+            convolutions = {"ms": ms, "gflop": gflop, "gflop_per_second": 1e3 * gflop / ms}
+            convolutions["share_of_step"] = share
         images = 1e3 * num_steps * sizes.batch_size
         rates = {name: [images / ms for ms in rounds] for name, rounds in times.items()}
         used = {}
@@ -428,6 +476,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "images_per_second": median,
         "mfu": peak and median["ours"] * per_picture / (1e12 * peak),
         "from_shards_share": statistics.median(shares),
+        "convolutions": convolutions,
         "ratios": harness.medians(ratios),
         "ratio_range": harness.ranges(ratios),
         "range": harness.ranges(rates),

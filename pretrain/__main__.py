@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from common.config import to_plain
     from common.files import check_out_folder
+    from common.startup import begin_program
     from pretrain import collectives as dist
     from pretrain.config import load_config
 
@@ -78,12 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if config.out is not None:
             check_out_folder(Path(config.out))
-        from common.startup import simplify_optimizers
         from pretrain.engine.guards import out_of_memory_explained
         from pretrain.engine.profiling import profile
         from pretrain.run import check, make_trainer
 
-        simplify_optimizers()
+        begin_program()
         try:
             with out_of_memory_explained(OUT_OF_MEMORY):
                 if options.check:

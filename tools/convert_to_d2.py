@@ -98,8 +98,13 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 def run_convert(arguments: argparse.Namespace) -> int:
     """Convert a file and print what became of it."""
+    from common.startup import begin_program  # first, since it imports torch
+
+    # isort: split
     from common.backbone import parse_preprocessing, read_backbone
     from detection.convert import convert
+
+    begin_program()
 
     source = read_backbone(
         arguments.checkpoint,

@@ -89,12 +89,12 @@ def main(argv: list[str] | None = None) -> int:
         Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input, 128 + n after a signal.
     """
     arguments = build_parser().parse_intermixed_args(argv)
-    from common.startup import simplify_optimizers  # after --help, which should not wait
+    from common.startup import begin_program  # after --help, which should not wait
     from pretrain import collectives as dist
     from pretrain.engine.guards import out_of_memory_explained
 
     def work() -> None:
-        simplify_optimizers()
+        begin_program()
         try:
             with out_of_memory_explained("Lower batch_size, num_workers or image_size"):
                 evaluate(arguments)

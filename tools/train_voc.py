@@ -73,12 +73,11 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None or errors.EACH in sys.argv:  # a process of its own
         keep_freed_memory()
     arguments = parse_arguments(argv)
-    from torch import OutOfMemoryError  # seconds that --help need not wait
+    import common.startup  # noqa: F401  (before torch; seconds that --help need not wait)
+
+    # isort: split
+    from torch import OutOfMemoryError
     from torch.multiprocessing.spawn import ProcessException
-
-    from common.startup import simplify_optimizers
-
-    simplify_optimizers()
 
     def work() -> None:
         try:
@@ -109,10 +108,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace, seeds: list[int] | None) -> dict[str, Any]:
     """Train, or evaluate what is trained, or check; returns the summary, or what a check says."""
+    from common.startup import begin_program
     from detection.training.config import parse_overrides
     from detection.training.other_sets import evaluate_on
     from detection.training.run import ArmSettings, check, run_arm
 
+    begin_program()
     check_out_folder(arguments.out)
     errors.require(arguments.threads is None or arguments.threads > 0, "--threads: give 1 or more")
     overrides = parse_overrides(arguments.opts)

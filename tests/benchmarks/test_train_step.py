@@ -9,6 +9,7 @@ import torch
 from benchmarks import harness, train_step
 from benchmarks.harness import Sizes
 from benchmarks.train_step import RECIPES
+from pretrain.engine.profiling import count_flops
 
 SIZES = Sizes(
     depth=18, width=4, image_size=32, batch_size=4, queue_size=64, dim=8, hidden_dim=8
@@ -83,6 +84,15 @@ def test_a_rival_trains_and_moves_its_target(arms, name):
     assert float(rival.loss().detach()) < first
 
 
+def test_the_convolutions_alone_are_those_of_a_step(arms):
+    alone = train_step.Convolutions(arms["ours"])
+    kinds = [call.func.overloadpacket for call in alone.calls]
+    assert kinds.count(torch.ops.aten.convolution) == 4 * 20  # two views, and two of the EMA branch
+    assert kinds.count(torch.ops.aten.convolution_backward) == 2 * 20
+    of_step = count_flops(lambda: arms["ours"].steps(1))
+    assert 0.9 * of_step < count_flops(lambda: alone.steps(1)) < of_step  # the rest are heads
+
+
 def test_contract(tmp_path):
     before, out = train_step.switches_now(), tmp_path / "step.json"
     assert train_step.main([*TINY, "--peak-tflops", "0.5", "--json", str(out)]) == 0
@@ -94,6 +104,10 @@ def test_contract(tmp_path):
     per_second = rates["ours"] * figures["flops_per_picture"]
     assert figures["mfu"] == pytest.approx(per_second / 0.5e12)
     assert figures["from_shards_share"] > 0
+    convolutions = figures["convolutions"]
+    assert 0 < convolutions["share_of_step"] < 1
+    rate = convolutions["gflop"] / convolutions["ms"]
+    assert convolutions["gflop_per_second"] == pytest.approx(1e3 * rate)
     for name, ratio in figures["ratios"].items():
         low, high = figures["ratio_range"][name]
         assert low <= ratio <= high

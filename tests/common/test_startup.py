@@ -4,10 +4,12 @@ import subprocess
 import sys
 
 TRAINING = """
-import sys
+import gc, sys
 import common.startup
+assert gc.isenabled()
 if sys.argv[1] == "simple":
-    common.startup.simplify_optimizers()
+    common.startup.begin_program()
+    assert gc.isenabled() and gc.get_freeze_count() > 100_000
 import torch
 import pretrain.run, detection.training.run
 from detectron2.layers import Conv2d, ROIAlign
