@@ -19,15 +19,20 @@ import torch  # noqa: E402
 _COMPILER = "torch._dynamo"
 
 
-def _is_compile_supported(device_type: str) -> bool:
-    return importlib.import_module(f"{_COMPILER}.utils").is_compile_supported(device_type)
+def _later(name: str) -> Any:
+    """A function of the compiler that is imported when it is called."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return lambda *args, **options: getattr(
+        importlib.import_module(f"{_COMPILER}.utils"), name
+    )(*args, **options)  # fmt: skip
 
 
 def _import_torchvision() -> None:
     """With a stand-in for the compiler, which has what ROIAlign imports and is gone afterwards."""
     package, utils = types.ModuleType(_COMPILER), types.ModuleType(f"{_COMPILER}.utils")
     package.__path__ = []
-    utils.__dict__["is_compile_supported"] = _is_compile_supported
+    utils.__dict__["__getattr__"] = _later
     stand_ins = {module.__name__: module for module in (package, utils)}
     sys.modules.update(stand_ins)
     try:
