@@ -4,7 +4,7 @@ All figures are source pictures (each gives two views) per second of processor t
 medians over rounds in which every candidate takes its turn: what else the machine does disturbs
 them little. "stages" says where our loader's time goes, in microseconds per picture. The other
 libraries live in an environment of their own (benchmarks/peers/make_env.sh); without --peers only
-torchvision is compared.
+torchvision and webdataset are compared.
 
 Examples:
   export OMP_NUM_THREADS=1
@@ -278,8 +278,9 @@ class Peer:
 
 @contextmanager
 def start_peers(python: str | None, folder: Path) -> Iterator[dict[str, Peer]]:
-    """Peers by library: torchvision from this environment, the others from that of `python`."""
-    interpreters = dict.fromkeys(LIBRARIES, python) | {"torchvision": sys.executable}
+    """Peers by library: the first two from this environment, the others from that of `python`."""
+    interpreters = dict.fromkeys(LIBRARIES, python)
+    interpreters |= dict.fromkeys(("torchvision", "webdataset"), sys.executable)
     with ExitStack() as stack:
         yield {
             library: stack.enter_context(closing(Peer(interpreter, library, folder)))
@@ -349,7 +350,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "left_out": {library: peer.missing for library, peer in peers.items() if peer.missing},
     }
     if options.peers is None:
-        figures["left_out"]["lightly, NVIDIA DALI, FFCV"] = "no --peers was given"
+        figures["left_out"]["Streaming, lightly, NVIDIA DALI, FFCV"] = "no --peers was given"
     figures["versions"] |= {"opencv": cv2.__version__, "pillow": pillow_version}
     figures["versions"] |= {name: peer.version for name, peer in peers.items() if not peer.missing}
     return figures

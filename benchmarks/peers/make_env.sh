@@ -7,10 +7,10 @@ case "${1:-}" in
         cat <<'HELP'
 usage: bash benchmarks/peers/make_env.sh DIR
 
-Makes a throw-away virtual environment in DIR (0.8 GB) with lightly, NVIDIA DALI and, where it can be built, FFCV,
-in the versions that benchmarks/peers is written for. It sees the packages of .venv/ (torch above all), which stays
-as it is: nothing is installed there. FFCV has no wheel: it is compiled where g++ and pkg-config find OpenCV 4 and
-TurboJPEG (Debian: libopencv-dev, libturbojpeg0-dev), and left out otherwise. Delete DIR when done.
+Makes a throw-away virtual environment in DIR (0.8 GB) with lightly, MosaicML Streaming, NVIDIA DALI and, where it can
+be built, FFCV, in the versions that benchmarks/peers is written for. It sees the packages of .venv/ (torch above all),
+which stays as it is: nothing is installed there. FFCV has no wheel: it is compiled where g++ and pkg-config find
+OpenCV 4 and TurboJPEG (Debian: libopencv-dev, libturbojpeg0-dev), and left out otherwise. Delete DIR when done.
 
 example:
   bash benchmarks/peers/make_env.sh /tmp/peers
@@ -31,6 +31,21 @@ install() {
 # Several hashes: wheels for Python 3.11, 3.12 and 3.13 on x86-64.
 install "$1" --only-binary :all: <<'PINNED'
 lightning-utilities==0.15.3 --hash=sha256:6c55f1bee70084a1cbeaa41ada96e4b3a0fea5909e844dd335bd80f5a73c5f91
+PINNED
+# Of what Streaming asks for: the packages that it imports, without the clients of clouds.
+install "$1" --only-binary :all: <<'PINNED' || echo "MosaicML Streaming left out: no wheel for this system or Python"
+mosaicml-streaming==0.13.0 --hash=sha256:ebd5cf830c6603157bb0c15f76370328d862aa5412ef96cd75e3de56af69b72f
+transformers==4.57.6 --hash=sha256:4c9e9de11333ddfe5114bc872c9f370509198acf0b87a832a0ab9458e2bd0550
+huggingface-hub==0.36.2 --hash=sha256:48f0c8eac16145dfce371e9d2d7772854a4f591bcb56c9cf548accf531d54270
+tokenizers==0.22.2 --hash=sha256:369cc9fc8cc10cb24143873a0d95438bb8ee257bb80c71989e3ee290e8d72c67
+safetensors==0.8.0 --hash=sha256:fd6f3f93c9a0a7cc2788ee63fb763353d4bd2e89b0751bc78fcf7dda00bea774
+brotli==1.2.1 --hash=sha256:6b3c3d5794212a54434b4856f808f7bdf7ad48eacadaadb5b2346fc9a639365a --hash=sha256:4b9dd0173ca5e01d1eb307d3c184fe8c09bdc168ede560889b1018d216d38c61 --hash=sha256:264fd5b200f6f6170cb551a4b9fcaabf8aa846ddaefe72db4d5f49f9d3743df9
+catalogue==2.0.10 --hash=sha256:58c2de0020aa90f4a2da7dfad161bf7b3b054c86a5f09fcedc0b2b740c109a9f
+cramjam==2.14.0 --hash=sha256:401bf7e11cf3775ee4af0fb487027adcbee61f68bbd1944ae9f6fcafb8b160fc --hash=sha256:d42ed4ab609a46f407fa647c9f3b73473113c848ec007825b6ee25183033323b --hash=sha256:e1d752b565818735410b577c219be003d6a5b8ac9a2b7989010940d294a2333e
+python-snappy==0.7.3 --hash=sha256:074c0636cfcd97e7251330f428064050ac81a52c62ed884fc2ddebbb60ed7f50
+xxhash==3.8.2 --hash=sha256:13f4b0f10e6c79d6cafecab8cc9b79a87ca95ada5029b0129bcb64db2ec7c169 --hash=sha256:a396b952f4712ea342a885195cbecf6d1f216abd68f198c4590ea779720da499 --hash=sha256:7618b7b39dd5360c713b0b838fe1c8c869fa00d4a86851a19f5aa88966eee6aa
+zstd==1.5.7.2; python_version < "3.12" --hash=sha256:2cec2472760d48a7a3445beaba509d3f7850e200fed65db15a1a66e315baec6a
+zstd==1.5.7.3; python_version >= "3.12" --hash=sha256:f1538db419afa62773cf534fc7f3009ff59ecf55ecee4e889587ac2ef0010ed8 --hash=sha256:c19127ca2c79855376a34a2d7a6969408094b25c1f44485b0373eba4be851b98
 PINNED
 install "$1" --only-binary :all: <<'PINNED' || echo "DALI left out: no wheel for this system or Python"
 nvidia-dali-cuda130==2.4.0 --hash=sha256:fbfd3204b55924bfc53354bff766bcf37165f8bca1674c59ad4ffd8096898877
@@ -57,5 +72,7 @@ else
     echo "FFCV left out: it has no wheel, and g++, opencv4 or libturbojpeg is not there for pkg-config"
 fi
 "$1/bin/python" -c 'import lightly.transforms; print(f"lightly {lightly.__version__} is ready")'
+"$1/bin/python" -c 'import streaming; print(f"MosaicML Streaming {streaming.__version__} is ready")' 2>/dev/null ||
+    echo "MosaicML Streaming cannot be imported: it will be left out"
 "$1/bin/python" -c 'import nvidia.dali; print(f"DALI {nvidia.dali.__version__} is ready")' 2>/dev/null ||
     echo "DALI cannot be imported: it will be left out"

@@ -14,6 +14,10 @@ work than the four operations of the others; its decoder uses the fast inverse D
 upsampling of the colour planes, and crops are bilinear. Nothing runs ahead, so that no work falls
 between the turns.
 
+webdataset and MosaicML Streaming read the same JPEG bytes from a tar and an MDS shard, shuffled,
+and make batches of the views that torchvision makes of Pillow pictures, without workers. Streaming
+has two threads that look ahead for shards; their time counts.
+
 FFCV decodes and crops only (it has no hue, grey, blur or solarisation): it is beside our crops. A
 field of FFCV gives one view for each decoding; two views are two fields over the same JPEG. Its
 writer encodes anew, with quality 90.
@@ -36,13 +40,14 @@ import cv2
 import torch
 import torchvision
 from PIL import Image, ImageFilter, ImageOps
+from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms
 from torchvision.transforms import v2
 
 with contextlib.suppress(ImportError, OSError):  # it reads the names below from this module
     from nvidia.dali import fn, pipeline_def, types  # pyright: ignore[reportMissingImports]
 
-BATCH = 16  # of DALI and FFCV
+BATCH = 16  # of the peers that make batches
 MEAN_255, STD_255 = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 JITTER = (0.4, 0.4, 0.2, 0.1)
@@ -147,6 +152,54 @@ def lightly(files: Sequence[str], size: int) -> Callable[[], None]:
     return epochs(files, read_pillow, [transform])
 
 
+# -- webdataset, MosaicML Streaming --
+
+
+def _batches(loader: Any, folder: tempfile.TemporaryDirectory) -> Callable[[], None]:
+    """Take every batch; the folder lives as long as the function."""
+
+    def epoch(_: tempfile.TemporaryDirectory = folder) -> None:
+        for _batch in loader:
+            pass
+
+    return epoch
+
+
+def webdataset(files: Sequence[str], size: int) -> Callable[[], None]:
+    """Both views of every file, read from one tar."""
+    wds: Any = importlib.import_module("webdataset")  # it loads its names lazily
+    folder, views = tempfile.TemporaryDirectory(), pillow_views(size)
+    path = str(Path(folder.name, "pictures.tar"))
+    with wds.TarWriter(path, encoder=False) as writer:
+        for file in files:
+            writer.write({"__key__": Path(file).stem, "jpg": Path(file).read_bytes()})
+
+    def both(sample: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        return tuple(view(sample["jpg"]) for view in views)
+
+    stream = wds.WebDataset(path, shardshuffle=False).shuffle(len(files))
+    samples = stream.decode("pil").map(both).batched(BATCH)
+    return _batches(wds.WebLoader(samples, batch_size=None, num_workers=0), folder)
+
+
+def streaming(files: Sequence[str], size: int) -> Callable[[], None]:
+    """Both views of every file, read from one MDS shard."""
+    from streaming import MDSWriter, StreamingDataset  # pyright: ignore[reportMissingImports]
+
+    folder, views = tempfile.TemporaryDirectory(), pillow_views(size)
+    with MDSWriter(out=folder.name, columns={"jpg": "jpeg"}) as writer:
+        for file in files:
+            with Image.open(file) as picture:
+                writer.write({"jpg": picture})  # the bytes of the file, not encoded anew
+
+    def collate(samples: Sequence[dict[str, Any]]) -> list[torch.Tensor]:
+        pictures = [sample["jpg"].convert("RGB") for sample in samples]
+        return default_collate([[view(picture) for view in views] for picture in pictures])
+
+    samples = StreamingDataset(local=folder.name, batch_size=BATCH, shuffle=True)
+    return _batches(DataLoader(samples, BATCH, collate_fn=collate, num_workers=0), folder)
+
+
 # -- NVIDIA DALI --
 
 
@@ -222,12 +275,7 @@ def ffcv(files: Sequence[str], size: int) -> Callable[[], None]:
         str(path), batch_size=BATCH, num_workers=1, order=OrderOption.RANDOM, seed=0,
         pipelines=pipelines, drop_last=False,
     )  # fmt: skip
-
-    def epoch(_: tempfile.TemporaryDirectory = folder) -> None:  # the folder lives as long as this
-        for _batch in loader:
-            pass
-
-    return epoch
+    return _batches(loader, folder)
 
 
 # -- serving --
@@ -242,6 +290,8 @@ LIBRARIES: dict[str, tuple[str, dict[str, Callable]]] = {
             "torchvision v2 on tensors": tensors,
         },
     ),
+    "webdataset": ("webdataset", {"webdataset": webdataset}),
+    "mosaicml-streaming": ("streaming", {"MosaicML Streaming": streaming}),
     "lightly": ("lightly", {"lightly": lightly}),
     "dali": ("nvidia.dali", {"NVIDIA DALI, CPU": dali}),
     "ffcv": ("ffcv", {"FFCV, two crops": ffcv}),

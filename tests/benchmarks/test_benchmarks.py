@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
+import webdataset
 from PIL import Image
 
 from benchmarks import cost_growth, fa_overhead, harness, loader, predict
@@ -176,6 +177,8 @@ def test_loader(tmp_path, monkeypatch):
     own_blur = peers["torchvision v1 on Pillow, its own blur, 224 px"]
     assert figures["cpu_vs_pil_own_blur"] == pytest.approx(whole / own_blur)
     assert figures["cpu_vs_lightly"] is None  # no --peers
+    assert figures["versions"]["webdataset"] == webdataset.__version__
+    assert 0.5 < peers["webdataset, 224 px"] / peers["torchvision v1 on Pillow, 224 px"] < 2
     stages = figures["stages"]
     assert stages.keys() >= {"decode", "resize", "flip", "jitter", "blur", "normalise", "rest"}
     assert stages["decode"] > stages["flip"] > 0
