@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,9 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     facts = check(config, has_data=options.check == "all")
                     print_check(facts, as_json=options.json)
                 elif options.profile is None:
-                    make_trainer(
+                    trainer = make_trainer(
                         config, resume=options.resume, allow_changes=options.allow_changes
-                    ).train()
+                    )
+                    with contextlib.closing(trainer.batches):
+                        trainer.train()
                 else:
                     require(not options.resume, "--profile runs by itself: leave out --resume")
                     profile(make_trainer(config, resume=False), options.profile)

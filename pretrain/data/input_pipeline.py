@@ -170,6 +170,10 @@ class InputPipeline:
         if ready is not None:
             yield _handed_over(*ready)
 
+    def close(self) -> None:
+        """End the loader's workers."""
+        self._loader.close()
+
     def first_batch(self) -> DeviceBatch:
         """The first batch of the first epoch, read in this process."""
         return self._prepare(next(iter(self._make_loader(num_workers=0).epoch(0))), 0.0)

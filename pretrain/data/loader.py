@@ -456,6 +456,20 @@ class Loader:
                 yield reply.batch
                 ahead.advance()
 
+    def close(self) -> None:
+        """End the workers."""
+        end_workers(self._loader)
+
+
+def end_workers(loader: DataLoader) -> None:
+    """End the workers of a DataLoader now.
+
+    One that is collected with what refers to it cannot reach its workers any more, and waits 10 s.
+    """
+    iterator: Any = getattr(loader, "_iterator", None)
+    if iterator is not None:
+        iterator._shutdown_workers()
+
 
 def start_workers(dataset: Dataset, sampler: Iterable, num_workers: int) -> DataLoader:
     """A DataLoader whose items are whole batches, in the sampler's order."""

@@ -32,7 +32,14 @@ from webdataset.filters import shuffle
 from common.errors import UserError, printable, require
 from pretrain.data.decode import Sample, ViewWriter
 from pretrain.data.index import Notes, sample_hash, tar_samples
-from pretrain.data.loader import BadSamples, BatchDataset, Reply, ViewBatch, start_workers
+from pretrain.data.loader import (
+    BadSamples,
+    BatchDataset,
+    Reply,
+    ViewBatch,
+    end_workers,
+    start_workers,
+)
 from pretrain.data.order import share_of_rank
 from pretrain.data.random_numbers import stable_hash
 from pretrain.data.remote import Patience, displayed, download, look
@@ -400,3 +407,7 @@ class StreamingLoader:
         for reply in self._loader:
             self._bad.count(reply)
             yield reply.batch
+
+    def close(self) -> None:
+        """End the workers."""
+        end_workers(self._loader)

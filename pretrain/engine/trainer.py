@@ -99,6 +99,10 @@ class Batches(Protocol):
         """Batches ``start_step`` .. of an epoch."""
         ...
 
+    def close(self) -> None:
+        """End what prepares them."""
+        ...
+
 
 class Callback:
     """What a run does beside its steps. Each method does nothing unless a subclass says otherwise.
