@@ -1,5 +1,7 @@
 """The config file of a test module, its command line run in this process, and its runs."""
 
+import contextlib
+
 import pytest
 import torch
 import yaml
@@ -51,9 +53,12 @@ def make_run(config_file, shards, tmp_path):
 
     def make(*overrides, name="run", resume=False):
         options = [f"out={tmp_path / name}", f"data.shards={shards}", *overrides]
-        return make_trainer(load_config(config_file, options), resume=resume)
+        trainer = make_trainer(load_config(config_file, options), resume=resume)
+        at_end.callback(trainer.batches.close)
+        return trainer
 
-    return make
+    with contextlib.ExitStack() as at_end:
+        yield make
 
 
 @pytest.fixture
