@@ -444,6 +444,11 @@ def remove(folder: Path, relative: str) -> bool:
     return True
 
 
+def cache_folder(root: Path) -> Path:
+    """Where fetched files and kept checks lie: $FA_CACHE, else .cache in the repository `root`."""
+    return Path(os.environ.get("FA_CACHE") or root / ".cache")
+
+
 def check_out_folder(folder: Path) -> None:
     """Refuse a folder to write to that holds links out of it, or what a writer would wait on.
 

@@ -20,7 +20,7 @@ from typing import Any
 from common import provenance
 from common.config import to_plain
 from common.errors import EACH, RunFailed, UserError, add_slurm_option, duration, require
-from common.files import read_record_or_none, write_json
+from common.files import cache_folder, read_record_or_none, write_json
 from pipeline import results
 from pipeline.config import PipelineConfig
 from pipeline.jobs import SlurmSettings
@@ -113,7 +113,7 @@ def check(
         UserError: Naming all that was found.
     """
     # Each program is started once and checks what all its stages would do.
-    cache, code = Path(os.environ.get("FA_CACHE") or root / ".cache"), code_digest(root)
+    cache, code = cache_folder(root), code_digest(root)
     before, kept = (kept_checks(folder, code) for folder in (cache, out))
     keys: dict[str, str] = {}  # stage -> key of its check
     by_program: dict[tuple[str, ...], dict[str, Stage]] = defaultdict(dict)

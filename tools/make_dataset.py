@@ -1,7 +1,6 @@
 """Make a data set (a labelled VOC devkit, an unlabelled pool, a labelled probe), or import one."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import errors
 from common.annotations.record import FORMATS, SetChoice, read_class_names, read_set
+from common.files import cache_folder
 from pipeline.datasets.sets import Card, SetOptions, flag
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ def make_fashion(arguments: argparse.Namespace) -> bool:
 
 def cache_of(name: str) -> Path:
     """Return the folder for what is fetched: $FA_CACHE/NAME, else .cache/NAME here."""
-    return Path(os.environ.get("FA_CACHE") or _PROJECT / ".cache") / name
+    return cache_folder(_PROJECT) / name
 
 
 def make_voc(arguments: argparse.Namespace) -> bool:
