@@ -90,15 +90,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if options.check:
                     facts = check(config, has_data=options.check == "all")
                     print_check(facts, as_json=options.json)
-                elif options.profile is None:
+                else:
+                    is_profile = options.profile is not None
+                    require(
+                        not (is_profile and options.resume),
+                        "--profile runs by itself: leave out --resume",
+                    )
                     trainer = make_trainer(
                         config, resume=options.resume, allow_changes=options.allow_changes
                     )
                     with contextlib.closing(trainer.batches):
-                        trainer.train()
-                else:
-                    require(not options.resume, "--profile runs by itself: leave out --resume")
-                    profile(make_trainer(config, resume=False), options.profile)
+                        if is_profile:
+                            profile(trainer, options.profile)
+                        else:
+                            trainer.train()
         finally:
             dist.stop()
         return 0

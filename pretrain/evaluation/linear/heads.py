@@ -64,6 +64,9 @@ class StoredBatches:
             labels = torch.from_numpy(features.labels[batch])
             yield FeatureBatch(features.read(first_row + batch), labels)
 
+    def close(self) -> None:
+        """Nothing prepares them."""
+
 
 class CropBatches:
     """The batches of a loader with the features of their first view, computed as they come."""
@@ -75,6 +78,10 @@ class CropBatches:
         """Batches ``start_step`` .. of an epoch."""
         for batch in self._loader.epoch(epoch, start_step):
             yield FeatureBatch(self._backbone(batch.views[0]), batch.labels)
+
+    def close(self) -> None:
+        """End the loader's workers."""
+        self._loader.close()
 
 
 class LinearHeads:

@@ -412,7 +412,7 @@ class Evaluation:
                 log.notes.append(f"{error}. These classifiers are trained from the start")
             else:
                 trainer.load_state_dict(state)
-        with self._timed(part):
+        with closing(batches), self._timed(part):
             trainer.train()
         return heads
 
