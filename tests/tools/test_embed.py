@@ -122,9 +122,12 @@ def test_neighbours_are_the_nearest_and_stand_on_a_sheet(weights, folder):
         query = names.index(row["query"])
         cosines = unit @ unit[query]
         cosines[query] = -2
-        order = np.argsort(-cosines)[:8]
-        assert row["neighbours"] == [names[i] for i in order]
-        np.testing.assert_allclose(row["cosines"], cosines[order], atol=1e-4)
+        chosen = [names.index(name) for name in row["neighbours"]]
+        assert len(set(chosen)) == 8
+        assert query not in chosen
+        # Not by name: equal cosines but for rounding are ordered otherwise on other processors.
+        np.testing.assert_allclose(cosines[chosen], np.sort(cosines)[:-9:-1], atol=1e-5)
+        np.testing.assert_allclose(row["cosines"], cosines[chosen], atol=1e-4)
     sheet = cv2.imread("sheet.jpg")
     assert sheet is not None
     assert sheet.shape == (10 * 116 - 4, 9 * 100 - 4, 3)
