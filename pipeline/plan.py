@@ -380,7 +380,7 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
                     "shards", place, words, [*words],
                     outputs=(f"{place}/index.json",), owns=(place,), upstream=(made,) * is_made,
                     files=() if is_made else (source,), config={"options": options},
-                    resumable=True,
+                    resumable=True, group="packing",
                 )  # fmt: skip
         return packed
 
@@ -476,7 +476,7 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
                     outputs=(f"convert{tail}/{converted.name}", f"convert{tail}/backbone.json"),
                     owns=(f"convert{tail}",), products=(f"convert{tail}/{converted.name}",),
                     config={"branch": config.convert.branch, "format": config.convert.format},
-                    **from_here,
+                    group="evaluation", **from_here,
                 )  # fmt: skip
 
         # Detection: all arms of a seed before the next seed, so that pairs can soon be compared.

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import profile as torch_profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from common import provenance
 from common.errors import require
@@ -140,6 +139,8 @@ def batches(trainer: Trainer[Any]) -> Generator[DeviceBatch]:
 
 def count_flops(work: Callable[[], object]) -> int:
     """FLOPs of the convolutions and matrix products that run in it, two per multiply-add."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which speaks at exit
+
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()

@@ -11,7 +11,7 @@ if sys.argv[1] == "simple":
     common.startup.begin_program()
     assert gc.isenabled() and gc.get_freeze_count() > 100_000
 import torch
-import pretrain.run, detection.training.run
+import pretrain.engine.profiling, pretrain.run, detection.training.run
 from detectron2.layers import Conv2d, ROIAlign
 from pretrain.engine.optim import LARS
 
@@ -30,7 +30,8 @@ for kind, options in kinds.items():
         optimizer.step()
         optimizer.load_state_dict(optimizer.state_dict())
     print([x.hex() for x in torch.cat([w.detach().flatten() for w in model.parameters()]).tolist()])
-compiler = [name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor"))]
+parts = ("torch._dynamo", "torch._inductor", "triton")
+compiler = [name for name in sys.modules if name.startswith(parts)]
 print(len(compiler) if sys.argv[1] == "plain" else compiler)
 if sys.argv[1] == "simple":  # the compiler is there where it is asked for
     print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item())
