@@ -23,8 +23,8 @@ from common import checkpoints, resnet
 from common.errors import UserError
 from common.files import read_json, read_json_or_none, sha256_of
 from common.network import ResNet
+from common.resnet import D2_CARD, TORCHVISION_CARD
 
-D2_CARD, TORCHVISION_CARD = "fa-d2-1", "fa-torchvision-1"  # formats of cards
 _HUB_CONFIG = "pretrained_cfg of config.json"  # the key under which its pixel statistics are kept
 _WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # timm's architectures whose tensors have a plain ResNet's names and shapes, but which compute

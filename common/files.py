@@ -406,6 +406,19 @@ def append_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
+def walk(root: Path) -> Iterator[Path]:
+    """Files below a folder, sorted, through links, each real folder once; hidden ones left out."""
+    seen = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(f for f in subfolders if not f.startswith((".", "__MACOSX")))
+        yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open_regular(path) as file:

@@ -19,6 +19,7 @@ BLOCKS_PER_STAGE = {
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
 }
+D2_CARD, TORCHVISION_CARD = "fa-d2-1", "fa-torchvision-1"  # formats of the cards beside weights
 MAX_CHANNELS = 16384  # what a damaged `arch` may ask for
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from common import backbone, checkpoints, files, provenance
 from common.errors import UserError
 from common.network import ResNet
-from common.resnet import COUNTER, Arch, detectron2_name
+from common.resnet import COUNTER, D2_CARD, TORCHVISION_CARD, Arch, detectron2_name
 from detection.training import weights
 from detection.training.config import set_arch
 
@@ -378,7 +378,7 @@ def build_card(
     else:
         pixels = {"mean": list(mean), "std": list(std), "order": "RGB", "pixel_range": [0, 1]}
     return {
-        "format": backbone.D2_CARD if to == "detectron2" else backbone.TORCHVISION_CARD,
+        "format": D2_CARD if to == "detectron2" else TORCHVISION_CARD,
         "arch": asdict(source.arch),
         "preprocessing": pixels,
         "branch": plain(source.card["branch"]) if source.card else source.branch,

@@ -22,6 +22,7 @@ FROZEN = "_frozen"
 ARMS = (RANDOM, "pretrained", RANDOM + FROZEN, "pretrained" + FROZEN)
 """The arms of an experiment that names no variants of its own."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_STAGES = ("data", "shards", "probe_train", "probe_val", "pretrain", "linear", "convert", "report")
 
 Evaluation = Literal["knn", "linear", "detection"]
 
@@ -306,6 +307,10 @@ def check_config(config: PipelineConfig) -> PipelineConfig:
         )
     require(not shares or data.pool is not None, "data.shares needs data.pool")
     require(
+        "linear" not in config.evaluations or data.probe_train is not None,
+        "evaluations: linear needs data.probe_train and data.probe_val; give them, or leave it out",
+    )
+    require(
         (data.probe_train is None) == (data.probe_val is None),
         "give both data.probe_train and data.probe_val, or neither",
     )
@@ -327,6 +332,7 @@ def _checked_variants(config: PipelineConfig) -> PipelineConfig:
         where = f"variants.{name}"
         is_good = _NAME.fullmatch(str(name)) is not None and not str(name).endswith(FROZEN)
         is_good &= isinstance(name, str)  # YAML reads 1 as a number
+        require(name not in _STAGES, f"{where}: stages are called {name}; choose another name")
         require(is_good, f"{where}: name it with letters, digits, '-', '_' and '.'; not ..{FROZEN}")
         raw = {} if raw is None else dict(raw) if isinstance(raw, dict) else raw
         check_keys(raw, fields, set(), where)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -140,10 +141,12 @@ def check(
     facts = {stage: dict(kept[key]) for stage, key in keys.items() if key in kept}
     for note in dict.fromkeys(note for told in facts.values() for note in told.get("notes", ())):
         print(note)
-    # The pool is generated, or packed from the user's pictures.
-    pools = [told.get("num_pool", told.get("num_pictures")) for name, told in facts.items()
-             if name.partition("/")[0] in ("data", "shards")]  # fmt: skip
-    pool = next(filter(None, pools), 0)
+    # The pool is generated, the same number for each seed, or packed from the user's pictures,
+    # perhaps in parts.
+    made = [told["num_pool"] for told in facts.values() if told.get("num_pool")]
+    packed = [told.get("num_pictures") or 0 for name, told in facts.items()
+              if name.partition("/")[0] == "shards"]  # fmt: skip
+    pool = made[0] if made else sum(packed)
     for stage in stages:
         told = facts.get(stage.name, {})
         if "seconds_per_sample" in told:
@@ -273,6 +276,9 @@ def run_experiment(
     place = next(path for path in (out, *out.absolute().parents) if path.exists())
     require(place.is_dir(), f"{place} is a file; choose another --out")
     stages = build_stages(config, ROOT, out)
+    # Repeated with --rerun it would begin again what it has to go on with.
+    command = [word for before, word in itertools.pairwise(["", *command])
+               if "--rerun" not in (before, word.partition("=")[0])]  # fmt: skip
     runner = Runner(ROOT, out, command, limits)
     held = runner.store.run.get("name")
     if held not in (None, config.name):
@@ -327,6 +333,8 @@ def run_experiment(
         made = runner.store.stages.get("report", {})
         if not (made.get("current") and made["status"] == "failed"):
             report.write(out)
+            if made:  # the page is no longer the stage's
+                runner.store.update("report", status="stopped")
         if isinstance(error, TimeIsUp):
             print(error)
             return 3

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 
-from common.annotations.files import walk
 from common.annotations.formats import voc
 from common.annotations.record import LabelledSet, PictureRecord, SetChoice, read_set
 from common.errors import UserError, no_such_file, require
+from common.files import walk
 from common.pictures import PICTURE_SUFFIXES, decode, read_file
 from pipeline.datasets.importers import SPLIT_NAMES, open_source
 
@@ -117,8 +117,8 @@ def survey(images: Path | None, labels: Path) -> OwnData:
         pool_split=split,
         num_pool=num_pool,
         labels=labels,
-        train_split="+".join(one.name for one in data.train),
-        test_split=data.test.name,
+        train_split="+".join(voc.official_name(one) for one in data.train),
+        test_split=voc.official_name(data.test),
         num_train=len(train),
         num_test=len(test),
         classes=data.classes,

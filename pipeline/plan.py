@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,14 @@ from common.files import (
     holder,
     lock_file,
     note_holder,
+    read_json_or_none,
     read_record_or_none,
     sha256_of,
+    walk,
     write_json,
 )
 from common.provenance import library_version
+from common.resnet import TORCHVISION_CARD
 from pipeline.config import FROZEN, RANDOM, PipelineConfig
 
 FORMAT = "fa-stage-2"
@@ -146,7 +149,7 @@ def input_digest(path: Path) -> str | None:
     if not path.is_dir():
         return None
     total = hashlib.sha256()
-    for file in sorted(entry for entry in path.rglob("*") if not entry.is_dir()):
+    for file in walk(path):
         status = file.stat() if file.exists() else file.lstat()  # a link that leads nowhere
         entry = (file.relative_to(path).as_posix(), status.st_size, status.st_mtime_ns)
         total.update(repr(entry).encode())
@@ -384,6 +387,13 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
                 )  # fmt: skip
         return packed
 
+    def shards_of(packed: Mapping[str, Path], names: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+        """What a stage that reads these shards follows: stages that pack them, or ready indexes."""
+        stage_of = {name: packed[name].relative_to(out).as_posix() for name in names
+                    if packed[name].is_relative_to(out)}  # fmt: skip
+        ready = (packed[name] / "index.json" for name in names if name not in stage_of)
+        return {"upstream": tuple(stage_of.values()), "files": tuple(ready)}
+
     has_own_data = config.seeds.data
     packed = {} if has_own_data else add_data(None)
     detector = find_config(detection.config, "detection").resolve() if config.arms else None
@@ -392,10 +402,8 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
     for seed in config.all_seeds:
         if has_own_data:
             packed = add_data(seed)
-        stage_of = {name: path.relative_to(out).as_posix() for name, path in packed.items()
-                    if path.is_relative_to(out)}  # fmt: skip
-        probes = {f"eval.{name}": str(packed[name]) for name in ("probe_train", "probe_val")
-                  if name in packed}  # fmt: skip
+        both = [name for name in ("probe_train", "probe_val") if name in packed]
+        probes = {f"eval.{name}": str(packed[name]) for name in both}
 
         # Backbones: pretrained here, or given; those that have no card are converted.
         for variant in variants.values():
@@ -433,16 +441,14 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
                     for key, value in (settings | overrides).items()
                 ]
                 first = [word for word in words if not word.startswith(("out=", "seed="))]
-                unmade = tuple(stage_of[name] for name in (*shares, "probe_train", "probe_val")
-                               if name in stage_of)  # fmt: skip
-                indexes = [packed[name] / "index.json" for name in shares if name not in stage_of]
+                pictures = shards_of(packed, [*shares, *both])
                 group = "evaluation" if config.pretrain.side_by_side else ""
                 add(
                     "pretrain", f"pretrain{tail}", [own_yaml, *words, "--resume"],
                     [own_yaml, *first],
                     outputs=(f"pretrain{tail}/checkpoint.pth", f"pretrain{tail}/summary.json"),
                     owns=(f"pretrain{tail}",), products=(f"pretrain{tail}/checkpoint.pth",),
-                    upstream=unmade, files=(own_yaml, *indexes),
+                    upstream=pictures["upstream"], files=(own_yaml, *pictures["files"]),
                     config={"overrides": overrides, "pool": variant.pool},
                     resumable=True, group=group, label=variant.label,
                 )  # fmt: skip
@@ -450,13 +456,15 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
                 if "linear" in config.evaluations:
                     workers = read_yaml(own_yaml).get("data", {}).get("num_workers", 2)
                     workers = overrides.get("data.num_workers", workers)
+                    probe = shards_of(packed, both)
                     add(
                         "linear", f"linear{tail}",
                         [weights, "--train", packed["probe_train"], "--val", packed["probe_val"],
                          "--out", out / f"linear{tail}", "--protocol", "cached", "--resume",
                          f"num_workers={workers}"], None,
                         outputs=(f"linear{tail}/linear.json",), owns=(f"linear{tail}",),
-                        resumable=True, group="evaluation", label=variant.label, **from_here,
+                        upstream=(f"pretrain{tail}", *probe["upstream"]), files=probe["files"],
+                        resumable=True, group="evaluation", label=variant.label,
                     )  # fmt: skip
                 branch = ["--branch", config.convert.branch]
             else:
@@ -464,7 +472,9 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
                 if not weights.is_file():
                     raise UserError(f"variant {variant.name}: {weights} does not exist")
                 from_here, branch = {"files": (weights,)}, []
-                if weights.with_suffix(".json").is_file():  # its card
+                card = read_json_or_none(weights.with_suffix(".json"))
+                card_format = card.get("format") if isinstance(card, dict) else None
+                if weights.with_suffix(".json").is_file() and card_format != TORCHVISION_CARD:
                     backbones[variant.name, seed] = (weights, ())
                     continue
             converted = out / f"convert{tail}/backbone.{config.convert.format}"

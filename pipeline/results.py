@@ -93,6 +93,8 @@ def assemble(out: Path) -> dict[str, Any]:
         seeds = config.get("seeds")
         is_pretrained_anew = isinstance(seeds, dict) and bool(seeds.get("pretraining"))
         found = measured(out, good) | by_metric(detection)
+        if "knn" not in config.get("evaluations", ["knn"]):
+            found.pop("knn", None)
         results |= {
             "rule": stats.RULE,
             "question": str(config.get("question") or ""),
@@ -418,17 +420,21 @@ def findings(results: Mapping[str, Any]) -> list[dict[str, str]]:
                 )
                 found.append({"kind": "missing", "answer": "AP near 0.", "text": text})
                 continue
-        rows = [row for row in table["comparisons"] if row["decides"] and row["n"]]
-        groups = [[row] for row in rows] if results.get("question") else [rows]
-        for group in filter(None, groups):
+        deciding = [row for row in table["comparisons"] if row["decides"]]
+        groups = [[row] for row in deciding] if results.get("question") else [deciding]
+        for group in groups:
+            rows = [row for row in group if row["n"]]
+            if not rows:
+                continue
             verdict = stats.claim_verdict(group)
             kind = {"shown": "better", "contradicted": "worse"}.get(verdict, "open")
-            kind = "single" if all(row["n"] == 1 for row in group) else kind
+            kind = "single" if all(row["n"] == 1 for row in rows) else kind
             answer = {"better": "Yes:", "worse": "No, the contrary:", "open": "Not shown:",
                       "single": "One seed cannot tell:"}[kind]  # fmt: skip
             claim = f"{table['claim']} ({verdict}). " if table["claim"] else ""
             unit = results.get("seeds_of", "detector")
-            told = [_told(row, table["metric"], unit, has_verdict=len(group) > 1) for row in group]
+            told = [_told(row, table["metric"], unit, has_verdict=len(group) > 1) for row in rows]
+            told += [f"{row['name']}: nothing to compare yet" for row in group if not row["n"]]
             found.append({"kind": kind, "answer": answer, "text": f"{claim}{'; '.join(told)}."})
     return found
 

@@ -171,6 +171,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if arguments.eval_on is not None:
         if arguments.config or arguments.data or arguments.check:
             parser.error("--eval-on: leave weights, --config, --data and --check out")
+        if arguments.test_split is not None:
+            parser.error("--test-split: is of training; with --eval-on give --eval-split")
+        for name in ("train_split", "classes", "arm", "freeze", "num_gpus", "no_card"):
+            if getattr(arguments, name) != parser.get_default(name):
+                option = f"--{name.replace('_', '-')}"
+                parser.error(f"{option}: is of training, --eval-on does not read it; leave it out")
         if arguments.weights is not None:  # the first of the KEY VALUE pairs
             arguments.opts = [arguments.weights, *arguments.opts]
         return arguments

@@ -1,25 +1,12 @@
 """Pictures and annotations at any place below a folder, and which belong together."""
 
-import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from common.annotations.checks import composed
+from common.files import walk
 from common.pictures import PICTURE_SUFFIXES
-
-
-def walk(root: Path) -> Iterator[Path]:
-    """Files below a folder, sorted, through links, each real folder once; hidden ones left out."""
-    seen = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(f for f in subfolders if not f.startswith((".", "__MACOSX")))
-        yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
 
 
 class FolderFiles:

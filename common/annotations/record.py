@@ -9,7 +9,7 @@ import hashlib
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 from xml.etree import ElementTree
@@ -257,7 +257,7 @@ def read_set(root: Path, choice: SetChoice | None = None) -> LabelledSet:
     inner = [path for path in root.iterdir() if not path.name.startswith((".", "__MACOSX"))]
     is_nested = len(inner) == 1 and inner[0].is_dir() and not inner[0].is_symlink()
     if not matching and is_nested:  # as archives are unpacked
-        return read_set(inner[0], choice)
+        return replace(read_set(inner[0], choice), root=root)
     if not matching:
         listed = "; ".join(f"{name}: {FORMATS[name].holds}" for name in names)
         raise UserError(f"{root}: holds no labelled set; give a folder with one ({listed})")

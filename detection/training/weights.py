@@ -20,10 +20,10 @@ from fvcore.nn.precise_bn import update_bn_stats
 from torch import Tensor, nn
 
 from common import checkpoints
-from common.backbone import D2_CARD, read_own_card
+from common.backbone import read_own_card
 from common.errors import UserError
 from common.files import is_number, write_atomically, write_text
-from common.resnet import read_arch
+from common.resnet import D2_CARD, read_arch
 from detection.training.config import arch_of_config
 
 _CONVERT = "convert the checkpoint with tools/convert_to_d2.py"

@@ -15,11 +15,10 @@ from typing import Literal
 import numpy as np
 from tqdm.contrib.concurrent import process_map
 
-from common.annotations.files import walk
 from common.annotations.formats import voc
 from common.annotations.record import SetChoice, list_file, read_set
 from common.errors import UserError, no_such_file, require
-from common.files import open_regular, read_text
+from common.files import open_regular, read_text, walk
 from common.pictures import PICTURE_SUFFIXES, fault_of, is_picture_file
 from pipeline.datasets.sets import Card, fetched, make_set, unpacked
 

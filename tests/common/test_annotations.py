@@ -14,7 +14,7 @@ from PIL import Image
 
 from common.annotations.checks import Findings
 from common.annotations.formats.coco import read_instances
-from common.annotations.formats.voc import VOC_CLASSES, read_list, read_picture
+from common.annotations.formats.voc import VOC_CLASSES, official_name, read_list, read_picture
 from common.annotations.record import (
     FORMATS,
     ObjectRecord,
@@ -423,6 +423,30 @@ def test_official_devkit_and_the_0712_protocol(tmp_path: Path) -> None:
     assert read_set(root, SetChoice(test_split="voc_2012_test")).metric_year == 2012
     with pytest.raises(UserError, match="in VOC2007 and in VOC2012; say voc_2007_test"):
         read_set(root, SetChoice(test_split="test"))
+
+
+def test_lists_of_one_or_two_years_are_there_once(tmp_path: Path) -> None:
+    root = make_official(tmp_path / "VOCdevkit")
+    data = read_set(root, SetChoice(all_lists=True))
+    lists = [(x.folder.name, x.name) for x in (*data.train, data.test, *data.others)]
+    assert lists[:2] == [("VOC2007", "trainval"), ("VOC2007", "test")]
+    assert sorted(lists) == [
+        (year, name) for year in ("VOC2007", "VOC2012") for name in ("test", "trainval")
+    ]
+    names = [official_name(split) for split in (*data.train, data.test, *data.others)]
+    assert names[:2] == ["voc_2007_trainval", "voc_2007_test"]
+    assert read_set(root, SetChoice(train_split="+".join([names[0], names[3]]))).num_train == 2
+    shutil.rmtree(root / "VOC2012")
+    data = read_set(root, SetChoice(train_split="voc_2007_trainval", all_lists=True))
+    assert [x.name for x in (*data.train, data.test, *data.others)] == ["trainval", "test"]
+    assert official_name(data.test) == "test"
+
+
+def test_names_of_pictures_are_relative_to_the_folder_that_was_given(tmp_path: Path) -> None:
+    make_voc(tmp_path / "outer/inner")
+    data = read_set(tmp_path / "outer")
+    assert data.root == tmp_path / "outer"
+    assert data.test.pictures[0].file.relative_to(data.root).parts[0] == "inner"
 
 
 def overwrite(path: str, text: str) -> Callable[[Path], object]:

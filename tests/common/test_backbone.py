@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.backbone import D2_CARD, IMAGENET, parse_preprocessing, read_backbone
+from common.backbone import IMAGENET, parse_preprocessing, read_backbone
 from common.checkpoints import read as load
 from common.errors import UserError
 from common.files import sha256_of
-from common.resnet import Arch, detectron2_name
+from common.resnet import D2_CARD, Arch, detectron2_name
 from tests.detection.tiny_weights import TINY, our_checkpoint, save, torchvision_state
 
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}

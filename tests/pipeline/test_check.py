@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from common.errors import EACH, UserError, run_or_check_each
+from common.errors import EACH, RunFailed, UserError, run_or_check_each
 from pipeline import experiment
 from pipeline.config import load_config
-from pipeline.plan import build_stages
+from pipeline.plan import Stage, build_stages
+from pipeline.run import Limits
 from tests.detection.tiny_detection import make_voc
 from tools.run_pipeline import main
 
@@ -149,6 +150,39 @@ def test_every_fault_is_found_before_the_first_stage(folder: Path) -> None:
     for name, (_, message) in PRETRAINING.items():
         assert any(f"pretrain/{name}" in line and message in line for line in lines), name
     assert "pretrain/arch has only online" in str(caught.value)
+
+
+@pytest.mark.usefixtures("_in_this_process")
+def test_a_pool_in_parts_is_as_large_as_all_of_them(folder: Path, tmp_path: Path) -> None:
+    variants = json.dumps({"whole": {}, "half": {"pool": 0.5}})
+    words = ["data.shares=[0.5]", f"variants={variants}", "evaluations=[knn]"]
+    facts = experiment.check(*stages_of(folder, tmp_path, *words), ROOT, tmp_path)
+    sizes = [facts[f"pretrain/{name}"]["num_samples"] for name in ("whole", "half")]
+    assert sizes == [12, 6]
+
+
+def test_a_page_of_a_failed_call_does_not_stay(tmp_path, monkeypatch, capsys) -> None:
+    out = tmp_path / "out"
+    page = f"import pathlib; pathlib.Path({str(out)!r}, 'report.html').write_text('good')"
+
+    def call(*seeds: str, rerun: tuple[str, ...] = ()) -> None:
+        stages = [Stage(f"random/seed-{n}", (sys.executable, "-c", code), (), ())
+                  for n, code in enumerate(seeds)]  # fmt: skip
+        names = tuple(stage.name for stage in stages)
+        report = Stage("report", (sys.executable, "-c", page), ("report.html",), (), upstream=names)
+        monkeypatch.setattr(experiment, "build_stages", lambda *_: [*stages, report])
+        command = ["bash", "run.sh", *(word for name in rerun for word in ("--rerun", name)), "a=1"]
+        experiment.run_experiment(load_config(SMOKE), out, command, Limits(rerun=rerun))
+
+    monkeypatch.setattr(experiment, "check", lambda *_: {})
+    call("pass")
+    assert (out / "report.html").read_text() == "good"
+    with pytest.raises(RunFailed) as caught:
+        call("pass", "raise SystemExit(1)", rerun=("random/seed-1",))
+    assert (out / "report.html").read_text() != "good"
+    assert str(caught.value).endswith("to go on: bash run.sh a=1"), "without --rerun"
+    call("pass")
+    assert (out / "report.html").read_text() == "good"
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 
 from common.errors import UserError
 from pipeline.config import ARMS, Comparison, DataStageConfig, SeedsConfig, load_config
-from pipeline.plan import KINDS, build_stages, flags
+from pipeline.plan import KINDS, build_stages, flags, input_digest
 from tools import run_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,6 +180,50 @@ def test_own_shards_and_probe(tmp_path, own):
     assert own["shards"] / "index.json" in stages["pretrain"].files
 
 
+def test_what_reads_ready_probes_follows_them(tmp_path, own):
+    for name in "ab":
+        (own[name] / "index.json").write_text("{}")
+    path = own_config(tmp_path, shards=own["shards"], probe_train=own["a"], probe_val=own["b"])
+    path.write_text(path.read_text() + "evaluations: [knn, linear]\n")
+    stages = stages_of(path, tmp_path / "out")
+    assert list(stages) == ["pretrain", "linear", "report"]
+    for name in ("pretrain", "linear"):
+        assert {own[x] / "index.json" for x in "ab"} <= set(stages[name].files)
+    (own["b"] / "index.json").unlink()  # packed first, and followed as a stage
+    stages = stages_of(path, tmp_path / "out")
+    assert stages["linear"].upstream == ("pretrain", "probe_val")
+
+
+def test_linear_evaluation_needs_probes(tmp_path, own):
+    path = own_config(tmp_path, shards=own["shards"])
+    path.write_text(path.read_text() + "evaluations: [linear]\n")
+    with pytest.raises(UserError, match=r"linear needs data\.probe_train"):
+        load_config(path)
+
+
+def test_a_key_sees_files_behind_links(tmp_path):
+    real, data = tmp_path / "real", tmp_path / "data"
+    for folder in (real, data):
+        folder.mkdir()
+    (data / "labels").symlink_to(real)
+    before = input_digest.__wrapped__(data)
+    (real / "a.xml").write_text("<annotation/>")
+    assert input_digest.__wrapped__(data) != before
+
+
+def test_given_weights_are_converted_unless_their_card_is_of_detectron2(tmp_path, own):
+    weights = tmp_path / "tv.pth"
+    weights.write_bytes(b"")
+    path = own_config(tmp_path, dataset=own["voc"])
+    path.write_text(path.read_text() + f"variants:\n  ours: {{weights: {weights}}}\n")
+    for card, is_converted in (
+        ({"format": "fa-torchvision-1"}, True),
+        ({"format": "fa-d2-1"}, False),
+    ):
+        weights.with_suffix(".json").write_text(json.dumps(card))
+        assert ("convert/ours" in stages_of(path, tmp_path / "out")) == is_converted
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -220,6 +264,7 @@ def test_impossible_own_data_is_refused(tmp_path, own, data, message):
         ("seeds.data=true", "seeds.data needs a generated set with a split"),
         ("detection.seeds=null", "detection.seeds is null"),
         ("variants={1: {}}", "variants.1: name it"),
+        ("variants={pretrain: {weights: random}}", "stages are called pretrain"),
         ("variants={a: {weights: 3}}", "variants.a.weights is 3; it takes text"),
     ],
 )

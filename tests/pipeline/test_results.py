@@ -157,6 +157,22 @@ def test_variants_are_compared_seed_by_seed(tmp_path):
     assert text.startswith("fa helps (shown). fa - base +3.0 points of kNN top-1, 95 % interval")
 
 
+def test_a_claim_is_not_shown_while_a_comparison_has_no_values():
+    comparisons = [{"name": f"{cell} - a", "terms": {cell: 1, "a": -1}, "decides": True}
+                   for cell in "bc"]  # fmt: skip
+    table = {"name": "t", "title": "t", "claim": "FA helps", "left_out": [],
+             "rows": {"a": "a", "b": "b", "c": "c"}, "comparisons": comparisons}  # fmt: skip
+    values = {"a": {0: 50.0, 1: 51.0, 2: 50.5}, "b": {0: 60.0, 1: 61.2, 2: 60.4}, "c": {}}
+    made = results.make_table(table, {"knn": values}, "knn")
+    (finding,) = results.findings({"tables": [made]})
+    assert (finding["kind"], made["verdict"]) == ("open", "inconclusive")
+    assert finding["text"].startswith("FA helps (inconclusive). b - a +10.0 points")
+    assert finding["text"].endswith("; c - a: nothing to compare yet.")
+    values["c"] = values["b"]
+    made = results.make_table(table, {"knn": values}, "knn")
+    assert results.findings({"tables": [made]})[0]["kind"] == "better"
+
+
 @pytest.mark.parametrize("seeds", [4, 1])
 def test_a_question_is_answered_first_by_the_fine_tuned_detectors(tmp_path, seeds):
     found = results.assemble(run_fixture.make_compare(tmp_path, seeds))

@@ -107,9 +107,21 @@ def _read(
         raise UserError(f"metric year {year}: give 2007 (11-point AP) or 2012 (area)")
     stated = description.get("classes") or (VOC_CLASSES if is_official else None)
     findings = checks.Findings(choice.max_left_out)
+    own = description.get("splits")
+    spellings = _spellings(root, own if isinstance(own, dict) else {})
+
+    def spelt(lists: str) -> str:
+        return "+".join(spellings.get(name, name) for name in lists.split("+"))
+
+    choice = replace(
+        choice,
+        train_split=choice.train_split and spelt(choice.train_split),
+        test_split=choice.test_split and spelt(choice.test_split),
+    )
+    usual = usual and (spelt(usual[0]), spelt(usual[1]))
     return assemble(
         root,
-        _list_names(root),
+        sorted(set(spellings.values())),
         lambda name: _read_split(
             *_find_list(root, name), stated, choice.exif, is_official, findings
         ),
@@ -161,10 +173,28 @@ def _devkit_folders(root: Path) -> list[Path]:
     return [folder for folder in folders if record.list_file(folder, "x").parent.is_dir()]
 
 
-def _list_names(root: Path) -> list[str]:
-    """Lists of pictures, each once, without the class-wise ones as cat_train beside train."""
-    names = {name for folder in _devkit_folders(root) for name in list_names(folder)}
-    return sorted(name for name in names if name.rpartition("_")[2] not in names - {name})
+def _spellings(root: Path, own: Collection[str]) -> dict[str, str]:
+    """Lists of pictures by all their names: train and voc_2007_train, which means the first one
+    unless two years have it.
+
+    Class-wise lists are left out, as cat_train beside train, but for those that are in `own`.
+    """
+    names = [(folder, name) for folder in _devkit_folders(root) for name in list_names(folder)]
+    count = Counter(name for _, name in names)
+    spellings = {}
+    for folder, name in names:
+        if name.rpartition("_")[2] not in count.keys() - {name} or name in own:
+            official = f"voc_{folder.name.removeprefix('VOC')}_{name}"
+            spellings[official] = official if count[name] > 1 else name
+            if count[name] == 1:
+                spellings[name] = name
+    return spellings
+
+
+def official_name(split: record.LabelledSplit) -> str:
+    """By which name a list of a set, of any format, is asked for."""
+    official = f"voc_{split.folder.name.removeprefix('VOC')}_{split.name}"
+    return _spellings(split.folder.parent, [split.name]).get(official, split.name)
 
 
 def _find_list(root: Path, split: str) -> tuple[Path, str]:

@@ -4,10 +4,11 @@ from pathlib import Path, PurePosixPath
 
 from common.annotations import record
 from common.annotations.checks import ANNOTATION, PICTURE, UNLABELLED, Findings, Unusable
-from common.annotations.files import FolderFiles, walk
+from common.annotations.files import FolderFiles
 from common.annotations.formats.voc import Parsed, Voc, parse_annotation, read_objects
 from common.annotations.lists import assemble, by_role
 from common.errors import UserError
+from common.files import walk
 
 
 class XmlFolder(record.LabelledFormat):

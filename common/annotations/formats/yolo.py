@@ -12,11 +12,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from common.annotations import checks, record
-from common.annotations.files import FolderFiles, walk
+from common.annotations.files import FolderFiles
 from common.annotations.lists import assemble, by_role, role_of
 from common.config import read_yaml
 from common.errors import UserError
-from common.files import read_text
+from common.files import read_text, walk
 
 _NAME_FILES = ("classes.txt", "obj.names", "predefined_classes.txt")
 _LISTS = ("train", "val", "valid", "test")

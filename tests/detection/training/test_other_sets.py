@@ -68,6 +68,21 @@ def test_same_set_gives_the_same_figures_and_touches_nothing(place: Path, evalua
     assert '"score"' in boxes
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--test-split", "val"], "with --eval-on give --eval-split"),
+        (["--freeze"], "--freeze: is of training"),
+        (["--num-gpus", "2"], "--num-gpus: is of training"),
+        (["--no-card"], "--no-card: is of training"),
+    ],
+)
+def test_options_of_training_are_refused(words: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["--out", "run", "--eval-on", "data", *words])
+    assert message in capsys.readouterr().err
+
+
 def test_intervals_over_the_pictures_of_the_set(
     place: Path, evaluate, capsys: pytest.CaptureFixture[str]
 ) -> None:

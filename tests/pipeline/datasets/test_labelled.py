@@ -52,6 +52,17 @@ def test_import_of_every_layout(tmp_path: Path, name: str) -> None:
     assert tree(source) == before
 
 
+def test_a_list_may_end_as_another_does(tmp_path: Path) -> None:
+    """old_train is no class-wise list of train if the set itself says so."""
+    parts = {"train": NAMES[:2], "val": NAMES[2:4], "old_train": NAMES[4:]}
+    layouts.coco_of("{part}/{name}.jpg", "annotations/instances_{part}.json", parts)(
+        tmp_path / "source"
+    )
+    assert run("import", tmp_path / "out", tmp_path / "source", "--num-workers", 1) == 0
+    data = read_set(tmp_path / "out", SetChoice(all_lists=True))
+    assert list(rows_of(data)) == ["train", "val", "old_train"]
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     LAYOUTS["LabelImg"][1](tmp_path / "source")
