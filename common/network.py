@@ -131,8 +131,9 @@ def _standing_statistics(layer: nn.Module) -> Iterator[None]:
     """
     norms = [m for m in layer.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+    for norm, (_, num_batches) in zip(norms, before, strict=True):
+        # A copy, which the second pass counts up: SyncBatchNorm does not do without.
+        norm.momentum, norm.num_batches_tracked = 0.0, num_batches.clone()
     try:
         yield
     finally:

@@ -359,7 +359,18 @@ class PretrainConfig:
             batch % micro == 0,
             f"optim.micro_batch_size ({micro}) must divide data.batch_size ({batch})",
         )
+        takes_partners = self.fa.partner == "batch" and any(
+            isinstance(method, PartnerAugmentation) for method in self.fa.methods()
+        )
+        mixing = getattr(self.objective, "mixing", None)
         if self.optim.accumulation == "cached":
+            needs_batch = takes_partners or (mixing is not None and mixing.is_on)
+            require(
+                self.adversarial.epsilon == 0 or not needs_batch,
+                "adversarial.epsilon: each micro-batch is attacked by its own loss, and partners "
+                "of the whole batch (fa.partner=batch) or objective.mixing are not there; use "
+                "optim.micro_batch_size=0, or fa.partner=view or queue without mixing",
+            )
             return
         # Plain accumulation adds up losses of micro-batches that know nothing of each other.
         require(
@@ -368,8 +379,7 @@ class PretrainConfig:
             "batch, not the mean over its micro-batches; use optim.accumulation=cached",
         )
         require(
-            self.fa.partner != "batch"
-            or not any(isinstance(m, PartnerAugmentation) for m in self.fa.methods()),
+            not takes_partners,
             "optim.accumulation=plain: fa.partner=batch takes partners from the whole batch; "
             "use optim.accumulation=cached, or fa.partner=view or queue",
         )

@@ -112,6 +112,13 @@ class InputPipeline:
         rows = read_json_lines(self._bad_path, form, report=self.notes.add)
         return {row["sample"]: row["reason"] for row in rows}
 
+    def _num_bad_elsewhere(self) -> int:
+        """How many bad samples other processes found: the bound is of each process."""
+        form = {"sample": (int, str), "rank": int}
+        rows = read_json_lines(self._bad_path, form, report=self.notes.add)
+        own = {row["sample"] for row in rows if row["rank"] == dist.rank()}
+        return len({row["sample"] for row in rows} - own - self._left_out.keys())
+
     def _make_loader(self, num_workers: int) -> Loader | StreamingLoader:
         data = self._data
         views: dict[str, Any] = {
@@ -126,7 +133,7 @@ class InputPipeline:
             "rank": dist.rank(),
             "world_size": dist.world_size(),
             "num_workers": num_workers,
-            "max_bad_samples": data.max_bad_samples,
+            "max_bad_samples": data.max_bad_samples + self._num_bad_elsewhere(),
             "known_bad": self._listed() | self._left_out,
         }
         if self.samples is not None:

@@ -52,6 +52,11 @@ class Gradients:
             f"optim.micro_batch_size ({size}) counts the rows of all processes: it must be a "
             f"multiple of their number, {world_size}",
         )
+        require(
+            size == 0 or size // world_size >= 2,
+            f"optim.micro_batch_size ({size}) counts the rows of all processes: {world_size} need "
+            f"{2 * world_size} or more, two each, for BN",
+        )
 
     def compute(
         self,

@@ -252,7 +252,8 @@ def keep(path: Path, step: int, num_kept: int, kept_every_steps: int = 0) -> Non
         os.link(path, target)
     except OSError:  # a file system without hard links
         shutil.copyfile(path, target)
-    passing = [file for file in folder.glob("step-*.pth") if not stays(int(file.stem[5:]))]
+    own = (file for file in folder.glob("step-*.pth") if file.stem[5:].isdecimal())  # not a copy
+    passing = [file for file in own if not stays(int(file.stem[5:]))]
     for old in sorted(passing, reverse=True)[num_kept:]:
         old.unlink()
 

@@ -32,7 +32,7 @@ ROWS_PER_HISTOGRAM = 10  # a histogram goes with every tenth logged row, and wit
 # only; or where the shards lie and how they are read, which their fingerprint sees.
 NOT_COMPARED = (
     "out", "engine.", "eval.", "tracking.", "data.shards", "data.num_workers", "data.cache_dir",
-    "data.cache_gb", "data.read_retries", "data.read_timeout_seconds",
+    "data.cache_gb", "data.read_retries", "data.read_timeout_seconds", "data.max_bad_samples",
 )  # fmt: skip
 # Keys that older checkpoints lack, and what was done then. These are compared.
 ADDED_LATER = {
@@ -173,6 +173,12 @@ class ContrastiveTask:
             f"the checkpoint was made with another config: {'; '.join(changes)}. Restore these "
             "values to resume, allow them with --allow-changes, or start a new run with another "
             "out=DIR",
+        )
+        name, before = self.config.optim.name, state["config"]["optim"]["name"]
+        require(
+            name == before,
+            f"optim.name={name}: the checkpoint holds momenta of {before}, which {name} cannot go "
+            "on from; restore it, or start a new run with another out=DIR",
         )
         try:
             self.model.online.load_state_dict(state["model"])

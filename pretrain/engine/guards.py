@@ -31,6 +31,7 @@ from pretrain.model.joint_embedding import FAContrastive
 FOLDER = "nonfinite"
 FORMAT = "fa-nonfinite-1"
 STDERR = 2  # file descriptor: faulthandler cannot write to a stream that a test has replaced
+_SAMPLE_KEYS = ("sample_ids", "repeats", "sample_hashes")
 _NONE = 1 << 62  # later than any step
 # Parts of the messages of PyTorch on a CPU, and of a loader whose worker the system has killed.
 _NO_MEMORY = (
@@ -69,9 +70,9 @@ class NonFiniteGuard:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self._is_always_due = device.type == "cpu" and not dist.is_on()
         self._parameters = list(model.online.parameters())
-        # Steps that were not looked at yet: number from 1 on, the local samples, and float64 [2]:
-        # loss of the local rows, norm of all gradients together.
-        self._seen: list[tuple[int, ViewBatch, Tensor]] = []
+        # Steps that were not looked at yet: number from 1 on, what says which samples they took
+        # (not their pictures), and float64 [2]: loss of the local rows, norm of all gradients.
+        self._seen: list[tuple[int, dict[str, Tensor], Tensor]] = []
 
     @torch.no_grad()
     def check(
@@ -110,7 +111,8 @@ class NonFiniteGuard:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = loss.new_zeros(()) if has_overflowed else nn.utils.get_total_norm(gradients)
         figures = torch.stack([loss.double(), norm.double()])
-        self._seen.append((position.step + 1, samples, figures))
+        taken = {key: getattr(samples, key) for key in _SAMPLE_KEYS}
+        self._seen.append((position.step + 1, taken, figures))
         if not (self._is_always_due or is_due or has_overflowed):
             return False
         # The first step that was not finite in any process.
@@ -128,13 +130,10 @@ class NonFiniteGuard:
                 )
             return has_overflowed
         # That step and its samples in all processes.
-        _, samples, figures = next(entry for entry in seen if entry[0] == first)
+        _, taken, figures = next(entry for entry in seen if entry[0] == first)
         figures = dist.gather(figures.unsqueeze(0))
         losses, largest = figures[:, 0].tolist(), float(figures[:, 1].max())
-        batch = {
-            name: dist.gather(getattr(samples, name)).tolist()
-            for name in ("sample_ids", "repeats", "sample_hashes")
-        }
+        batch = {key: dist.gather(value).tolist() for key, value in taken.items()}
         file = self._folder / FOLDER / f"step-{first:08d}.json"
         if dist.rank() == 0:
             file.parent.mkdir(exist_ok=True)

@@ -135,9 +135,9 @@ def make_optimizer(
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Go on from ``state_dict()``; how the update is computed stays as this optimiser has it."""
+    """Go on from the momenta of ``state_dict()``; all settings stay as this optimiser has them."""
     groups = [
-        saved | {key: own[key] for key in ("fused", "foreach", "norm") if key in own}
+        {"params": saved["params"]} | {key: own[key] for key in own if key != "params"}
         for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict(state | {"param_groups": groups})

@@ -154,6 +154,15 @@ def test_plain_accumulation_needs_a_loss_of_single_samples(config_file, objectiv
     assert whole.optim.accumulation == "plain"
 
 
+@pytest.mark.parametrize("option", ["fa.method=mixup", "objective.mixing.interpolate=1.6"])
+def test_an_attack_on_micro_batches_needs_losses_of_their_own(config_file, option):
+    options = [option, "objective.name=infonce", "optim.accumulation=cached"]
+    with pytest.raises(UserError, match=r"adversarial\.epsilon: each micro-batch is attacked"):
+        load_with(config_file, *options, "adversarial.epsilon=4")
+    for fine in ("adversarial.epsilon=0", "optim.micro_batch_size=0"):
+        load_with(config_file, *options, "adversarial.epsilon=4", fine)
+
+
 @pytest.mark.parametrize("method", ["mixup", "mask+cutmix", "noise|extrapolate"])
 def test_plain_accumulation_has_no_partners_in_the_batch(config_file, method):
     options = [f"fa.method={method}", "objective.name=byol"]

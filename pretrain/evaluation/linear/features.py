@@ -5,6 +5,7 @@ Features are computed once and kept in a file that survives a kill.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from common import checkpoints
 from common.backbone import IMAGENET, read_backbone
 from common.errors import require
-from common.files import sha256_of, write_atomically, write_bytes, write_json
+from common.files import held, sha256_of, write_atomically, write_bytes, write_json
 from common.network import ResNet
 from common.resnet import NAMED
 from pretrain import collectives as dist
@@ -160,12 +161,12 @@ def extract(
         folder: Of the file; shared by all processes.
         passes: 0 for one pass of central crops; otherwise random crops, others in each pass.
     Raises:
-        UserError: If a sample does not decode, or a feature is not finite.
+        UserError: If a sample does not decode, a feature is not finite, or another process writes
+            the file.
         DiskFullError: If the disk has no room for the file.
     """
     # What the values follow from decides the name of the file.
-    num, image_size = samples.num_samples, backbone.view["image_size"]
-    shape, dtype = (num * max(1, passes), backbone.model.output_dim), np.dtype(np.float32)
+    shape = (samples.num_samples * max(1, passes), backbone.model.output_dim)
     view = dict(backbone.view)
     if passes:
         view["crop"] = config.random_crop | {"seed": config.seed, "passes": passes}
@@ -179,6 +180,21 @@ def extract(
     }
     code = stable_hash(json.dumps(facts, sort_keys=True), num_bytes=8).hex()
     path = folder / f"{name}-{code}.npy"
+    with contextlib.ExitStack() as lock:
+        if dist.rank() == 0:  # another evaluation may share the folder
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(held(path.with_suffix(".lock")))
+        _fill(path, facts, backbone, samples, config, passes=passes)
+    return Features(path, facts, np.load(path, mmap_mode="c"), samples.labels)
+
+
+def _fill(
+    path: Path, facts: dict[str, Any], backbone: FrozenBackbone, samples: Samples,
+    config: LinearConfig, *, passes: int,
+) -> None:  # fmt: skip
+    """Compute the blocks of rows that the file lacks."""
+    shape, dtype, num = tuple(facts["shape"]), np.dtype(np.float32), samples.num_samples
+    image_size, name = backbone.view["image_size"], path.stem.rpartition("-")[0]
     sums_path = path.with_suffix(".sums")
 
     # The first process takes the room on the disk, before anything is computed.
@@ -187,7 +203,10 @@ def extract(
     def reserve(file: BinaryIO) -> None:
         header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        os.posix_fallocate(file.fileno(), 0, num_bytes)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+        else:  # macOS
+            file.truncate(num_bytes)
 
     rows = np.split(np.arange(shape[0]), range(BLOCK_ROWS, shape[0], BLOCK_ROWS))  # of each block
     if dist.rank() == 0 and not _has_room(path, shape, sums_path, len(rows)):
@@ -222,7 +241,6 @@ def extract(
             os.pwrite(file.fileno(), data, _HEADER_BYTES + place)
             os.pwrite(sums_file.fileno(), np.int64(zlib.crc32(data)).tobytes(), 8 * block)
     dist.wait()
-    return Features(path, facts, np.load(path, mmap_mode="c"), samples.labels)
 
 
 def _has_room(path: Path, shape: tuple[int, int], sums_path: Path, num_blocks: int) -> bool:

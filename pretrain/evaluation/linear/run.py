@@ -260,10 +260,12 @@ class Evaluation:
             "weights": self.backbone.description["weights_hash"],
             "train": self.sets.chosen.fingerprint,
             "val": self.sets.val.fingerprint,
-            "image_size": self.backbone.view["image_size"],
+            "view": {k: v for k, v in self.backbone.view.items() if k != "precision"},
             "config": {k: v for k, v in to_plain(config).items() if k not in _NOT_COMPARED},
         }
-        self._finished = read_record_or_none(out / NAME, {"identity": dict, "top1": NUMBER})
+        self._finished = read_record_or_none(
+            out / NAME, {"identity": dict, "top1": (*NUMBER, type(None))}
+        )
         if exists[0] and not self._finished and dist.rank() == 0:
             print(f"warning: {out / NAME} is damaged, and is made again", file=sys.stderr)
         if any(exists):

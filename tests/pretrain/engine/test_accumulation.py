@@ -229,3 +229,5 @@ def test_micro_batches_that_cannot_be_shared_out_are_refused(make, monkeypatch):
     model = make("byol", method="none")
     with pytest.raises(UserError, match=r"micro_batch_size \(2\).* multiple of their number, 4"):
         Gradients(model, model.online, OptimConfig(micro_batch_size=2), contextlib.nullcontext)
+    with pytest.raises(UserError, match=r"micro_batch_size \(4\).* 4 need 8 or more, two each"):
+        Gradients(model, model.online, OptimConfig(micro_batch_size=4), contextlib.nullcontext)

@@ -194,6 +194,12 @@ def test_saves_follow_each_other_and_the_newest_and_every_mth_stay(tmp_path, num
     for step in (*range(1, 8), 7):  # again at one step: it is replaced
         save(writer, state(step))
     writer.wait()
+    if kept:  # a copy by hand is nobody's
+        own = tmp_path / "checkpoints/step-00000001-best.pth"
+        own.write_bytes(b"")
+        save(writer, state(7))
+        writer.wait()
+        own.unlink()
     assert step_of(tmp_path / checkpoint.NAME) == 7
     assert sorted(map(step_of, (tmp_path / "checkpoints").glob("*"))) == kept
 

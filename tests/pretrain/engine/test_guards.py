@@ -66,6 +66,28 @@ def test_where_the_device_is_not_waited_for_the_first_bad_step_is_known(
     assert not (result[1] / "checkpoint.pth").exists()
 
 
+def test_pictures_of_earlier_steps_are_let_go(start, disturb, monkeypatch):
+    """Only what says which samples they were is kept until the next step that is looked at."""
+    init, check, alive = guards.NonFiniteGuard.__init__, guards.NonFiniteGuard.check, []
+
+    def lazy(self, *arguments):
+        init(self, *arguments)
+        self._is_always_due = False
+
+    def counted(self, samples, *arguments, **more):
+        result = check(self, samples, *arguments, **more)
+        sizes = (value.numel() for _, taken, _ in self._seen for value in taken.values())
+        alive.append((len(self._seen), max(sizes, default=0), len(samples.sample_ids)))
+        return result
+
+    monkeypatch.setattr(guards.NonFiniteGuard, "__init__", lazy)
+    monkeypatch.setattr(guards.NonFiniteGuard, "check", counted)
+    disturb({})
+    start("run", "engine.log_every_steps=1000", "engine.checkpoint_every_steps=1000")
+    assert alive[2][0] == 3, "nothing is looked at"
+    assert all(largest <= num for _, largest, num in alive)
+
+
 def no_memory_on_a_cpu():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 58)

@@ -101,6 +101,20 @@ def test_bad_samples_are_listed_and_counted_through_a_resume(make_pipeline, shar
         ids_of(make_pipeline(**options), epoch=2)
 
 
+def test_the_bound_of_bad_samples_is_of_each_process_after_a_resume_too(
+    make_pipeline, shards, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(shards, tmp_path / "bad")
+    damage(folder, 13)
+    row = {"sample": 40, "reason": "found by another process", "rank": 1}
+    (tmp_path / BAD_SAMPLES).write_text(json.dumps(row) + "\n")
+    options = {"shards": str(folder), "max_bad_samples": 1}
+    ids_of(make_pipeline(**options))
+    damage(folder, 14)
+    with pytest.raises(UserError, match="3 bad samples, allowed are 2"):
+        ids_of(make_pipeline(**options), epoch=1)
+
+
 def test_photometric_decides_who_makes_the_changes(make_pipeline):
     """The workers change uint8 pixels, the device floats; both by the same parameters."""
     seen = {}

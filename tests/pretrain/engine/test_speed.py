@@ -69,6 +69,7 @@ ACCUMULATION = {
     "cached": ["optim.micro_batch_size=4", "optim.accumulation=cached"],
     "bf16": ["engine.precision=bf16"],
     "resnet50": ["arch.depth=50", "arch.res2_channels=32"],
+    "synchronised": ["engine.batch_norm=synchronised"],
 }
 ACCUMULATION["cached maps"] = [
     *ACCUMULATION["cached"], "objective.name=masked_prediction", "fa.method=mask",
@@ -76,7 +77,7 @@ ACCUMULATION["cached maps"] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", ["cached", "bf16", "resnet50"])
+@pytest.mark.parametrize("case", ["cached", "bf16", "resnet50", "synchronised"])
 def test_checkpointed_run_equals_the_plain_one(make_run, case):
     """Losses, weights, gradients and BN statistics of two steps, bit for bit."""
     options = [*ACCUMULATION[case], "eval.online_probe=true"]

@@ -145,7 +145,8 @@ def test_what_decides_no_gradient_may_change(saved):
         config, out="elsewhere",
         engine=replace(config.engine, log_every_steps=1, num_threads=1),
         eval=replace(config.eval, knn_k=3),
-        data=replace(config.data, shards="moved", num_workers=7, cache_gb=3, read_retries=1),
+        data=replace(config.data, shards="moved", num_workers=7, cache_gb=3, read_retries=1,
+                     max_bad_samples=9),
     )  # fmt: skip
     assert run_of(other, model, optim).load_state_dict(checkpoint.load(path)) == []
 
@@ -233,6 +234,19 @@ def test_allowed_changes_are_told_and_weights_must_fit(saved, make_model):
     assert notes == ["going on with a changed config: optim.epochs: 100 -> 20"]
     position = run.position
     assert (position.step, position.epoch, position.step_in_epoch) == (30, 6, 0)
+    optim_config = replace(
+        config.optim, weight_decay=0.25, momentum=0.5, predictor_constant_lr=True
+    )
+    changed = replace(config, optim=optim_config)
+    new = make_optimizer(model.online, optim_config, 0.1)
+    wanted = [{k: v for k, v in group.items() if k != "params"} for group in new.param_groups]
+    run_of(changed, model, new).load_state_dict(state, allow_changes=True)
+    assert [{k: v for k, v in x.items() if k != "params"} for x in new.param_groups] == wanted
+    adamw = replace(config, optim=replace(config.optim, name="adamw"))
+    with pytest.raises(UserError, match=r"optim\.name=adamw: the checkpoint holds momenta of lars"):
+        run_of(adamw, model, make_optimizer(model.online, adamw.optim, 0.1)).load_state_dict(
+            state, allow_changes=True
+        )
     _, wider, wider_optim = build(make_model, "infonce")
     wider.online.projector[0] = torch.nn.Linear(256, 30)
     with pytest.raises(UserError, match=r"does not fit this config \(seed: 0 -> 5\): .*projector"):

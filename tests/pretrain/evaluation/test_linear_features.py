@@ -1,8 +1,11 @@
 """Frozen networks, and their features on the disk."""
 
 import errno
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -194,6 +197,28 @@ def test_a_kill_costs_the_block_that_was_computed(many, weights, tmp_path):
     assert num_pictures == NUM_REST
     assert file.path.read_bytes() == whole.path.read_bytes()
     assert features_of(many, weights, tmp_path / "parts")[1] == 0
+
+
+def test_a_file_that_another_process_writes_is_left_alone(many, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.files.HOLD_SECONDS", 0.1)
+    path = features_of(many, weights, tmp_path)[0].path
+    script = (
+        "import sys, pathlib; from common.files import held\n"
+        "with held(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", script, str(path.with_suffix(".lock"))]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline()
+        with pytest.raises(UserError, match=r"train-\w+: .*wait for it, stop it"):
+            features_of(many, weights, tmp_path)
+        other.stdin.close()
+    assert features_of(many, weights, tmp_path)[1] == 0
+
+
+def test_the_file_has_its_size_where_fallocate_is_missing(many, weights, tmp_path, monkeypatch):
+    expected = features_of(many, weights, tmp_path / "a")[0].path.read_bytes()
+    monkeypatch.delattr(os, "posix_fallocate")
+    assert features_of(many, weights, tmp_path / "b")[0].path.read_bytes() == expected
 
 
 def test_what_is_damaged_is_computed_again(many, weights, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from common.backbone import parse_preprocessing
 from common.config import read_settings
 from common.errors import UserError
 from common.network import ResNet
@@ -214,6 +215,29 @@ def test_a_checkpoint_of_another_evaluation_is_refused(evaluate, tmp_path):
     with pytest.raises(UserError, match=r"another evaluation: config.momentum: 0.9 -> 0.5"):
         evaluate(replace(FULL, momentum=0.5), resume=True)
     evaluate(replace(FULL, checkpoint_every_steps=9), resume=True)  # that changes nothing
+
+
+def test_other_pixels_are_another_evaluation(shards, val, tmp_path):
+    """Of a network whose file does not say them."""
+    weights, out = tmp_path / "weights.pth", tmp_path / "out"
+    torch.save(ResNet(Arch(18, 8, 8, 8)).state_dict(), weights)
+
+    def evaluated(pixels: str, *, resume: bool):
+        reading = {"preprocessing": parse_preprocessing(pixels), "resume": resume}
+        return Evaluation(CONFIG, str(weights), str(shards), str(val), out, **reading).run()
+
+    evaluated("imagenet", resume=False)
+    with pytest.raises(UserError, match=r"another evaluation: view.mean: \[.*-> \[0.5, 0.5, 0.5\]"):
+        evaluated("half", resume=True)
+
+
+def test_a_knn_result_without_the_usual_k_is_kept(evaluate, capsys, monkeypatch):
+    config = replace(CONFIG, protocol="knn", knn_k=(1, 5))
+    first = evaluate(config)
+    assert first["top1"] is None
+    monkeypatch.setattr(run, "extract", None)  # it would fail
+    assert evaluate(config, resume=True) == json.loads(json.dumps(first))
+    assert "damaged" not in capsys.readouterr().err
 
 
 def test_cached_chooses_on_the_held_out_part_alone(evaluate, monkeypatch):
