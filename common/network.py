@@ -131,9 +131,10 @@ def _standing_statistics(layer: nn.Module) -> Iterator[None]:
     """
     norms = [m for m in layer.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm, (_, num_batches) in zip(norms, before, strict=True):
-        # A copy, which the second pass counts up: SyncBatchNorm does not do without.
-        norm.momentum, norm.num_batches_tracked = 0.0, num_batches.clone()
+    for norm in norms:
+        norm.momentum = 0.0
+        if norm.num_batches_tracked is not None:  # SyncBatchNorm counts always: here in a copy
+            norm.num_batches_tracked = norm.num_batches_tracked.clone()
     try:
         yield
     finally:
