@@ -269,7 +269,6 @@ def to_yaml(data: OwnData, machine: Machine, sizes: Sizes, name: str, budget: st
     """The experiment as a person would write it, with the reason of each size."""
     is_thin = not machine.gpu_memory
     num_pool = sizes.num_pool or data.num_pool
-    queue = min(4096, num_pool // sizes.batch * sizes.batch)
     steps = sizes.epochs * (num_pool // sizes.batch)
     workers = 1 if machine.cores <= 2 else min(8, machine.cores // 2)
     bad = num_bad(data.num_pool)
@@ -328,7 +327,6 @@ pretrain:
 {arch}\
     # Batch: three or more in an epoch, {"128" if is_thin else "what the GPU holds, 256"} at most.
     data: {{image_size: {sizes.image_size}, batch_size: {sizes.batch}, num_workers: {workers}}}
-    fa: {{queue_size: {queue}, min_fill: {min(1024, queue // 2)}}}  # not more than the pool
     optim: {{epochs: {sizes.epochs}, warmup_epochs: {max(1, sizes.epochs // 20)}}}  # {steps} steps
     eval: {{knn_every_epochs: {max(1, sizes.epochs // 4)}}}
 detection:
