@@ -67,7 +67,8 @@ def test_stages_of_a_study(tmp_path: Path) -> None:
     assert "seed=4" in label["10 %, none"].command, "the last seed was put in last"
     linear = [s for s in stages.values() if s.kind == "linear"]
     assert len(linear) == 5 * len(config.all_variants)
-    assert linear[0].upstream == (linear[0].name.replace("linear", "pretrain", 1),)
+    own = linear[0].name.replace("linear", "pretrain", 1)
+    assert linear[0].upstream == (own, "probe_train", "probe_val")
 
 
 def test_cells_that_come_to_the_same_are_one() -> None:
