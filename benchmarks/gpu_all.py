@@ -25,7 +25,7 @@ from common.errors import command_parser, run_command
 from common.files import read_record_or_none, write_json, write_text
 from common.provenance import describe
 
-GPU_TESTS = ("tests/pretrain", "tests/benchmarks")
+GPU_TESTS = ("tests/pretrain/engine", "tests/pretrain/data", "tests/benchmarks/test_train_step.py")
 TINY = [
     "--device", "cpu", "--depth", "18", "--width", "4", "--image-size", "32", "--batch-size", "4",
     "--queue-size", "64", "--dim", "8", "--hidden-dim", "8",

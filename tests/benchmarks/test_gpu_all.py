@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -32,6 +33,23 @@ def test_dry_run_on_the_cpu_writes_one_json_and_one_table(tmp_path):
     assert "| - |" not in table  # every row has its figure
     rate = found["parts"]["train_step"]["figures"]["images_per_second"]["ours"]
     assert f"| {rate:.4g} |" in table
+
+
+def test_its_tests_are_all_marked_ones_and_need_no_detectron2():
+    """A bare machine has none, and pytest stops at a file that cannot be imported."""
+    places = [ROOT / place for place in gpu_all.GPU_TESTS]
+    files = {
+        file
+        for place in places
+        for file in (place.rglob("test_*.py") if place.is_dir() else [place])
+    }
+    marked = {file for file in (ROOT / "tests").rglob("test_*.py")
+              if "pytest.mark." + "gpu" in file.read_text()}  # fmt: skip
+    assert marked <= files
+    importing = re.compile(
+        r"^(from|import) (detection|detectron2|tests\.detection)\b", re.MULTILINE
+    )
+    assert [file.name for file in files if importing.search(file.read_text())] == []
 
 
 def test_the_whole_call_is_planned_within_eight_minutes():
