@@ -16,6 +16,7 @@ Exit status: 0 installed or already there, 1 it went wrong, 2 wrong arguments or
 """
 
 import base64
+import csv
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -182,12 +183,18 @@ def is_usable() -> bool:
         return Path(spec.origin).parents[1] != Path(sysconfig.get_path("purelib"))
     if version != VERSION:
         return True
-    files = importlib.metadata.files("detectron2") or []
+    # Read here: since Python 3.12 `importlib.metadata.files` leaves out what is missing.
+    package = importlib.metadata.distribution("detectron2")
+    rows = csv.reader((package.read_text("RECORD") or "").splitlines())
+    hashed = [(row[1].partition("=")[2], row[0]) for row in rows if len(row) == 3 and row[1]]
     try:
-        hashed = [(file.hash.value, file.read_binary()) for file in files if file.hash]
+        is_whole = all(
+            record_hash(Path(str(package.locate_file(name))).read_bytes()) == digest
+            for digest, name in hashed
+        )
     except OSError:
         return False
-    return bool(hashed) and all(record_hash(data) == digest for digest, data in hashed)
+    return bool(hashed) and is_whole
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
