@@ -9,6 +9,7 @@ import io
 import itertools
 import os
 import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -170,7 +171,8 @@ REFUSED = {
     "digits in pax": (pax(b"1" * 200_000) + jpg(b"b.jpg") + END, r"a number of 300 digits"),
     "nonsense in sparse": (pax(b"25 GNU.sparse.map=1,2,x\n") + jpg(b"b.jpg") + END, r"damaged"),
     "3000 headers in a row": (
-        pax(b"12 comment=x\n") * 3000 + jpg(b"b.jpg") + END, r"recursion|damaged",
+        pax(b"12 comment=x\n") * 3000 + jpg(b"b.jpg") + END,
+        r"recursion" if sys.version_info < (3, 13) else r"\(invalid header\)",
     ),
     "no number": (jpg(b"a.jpg") + raw(b"b.jpg", b"zzzzzzzzzzz\0") + END, r"a damaged header"),
 }  # fmt: skip
