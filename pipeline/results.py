@@ -126,8 +126,9 @@ def make_table(
             `picture_interval`, None if a seed has no draws or the metric none.
     Returns:
         `name`, `title`, `claim`, `metric`, `left_out`; `rows`: `label`, `variant`, `n`, `mean`,
-        `std`, `values` by seed; `comparisons`: see `stats.compare`; comparisons of variants whose
-        frozen arms were trained come once more, of these; `verdict` on the claim.
+        `std`, `values` by seed; `comparisons`: see `stats.compare`, and `terms`, the weight of each
+        variant; comparisons of variants whose frozen arms were trained come once more, of these;
+        `verdict` on the claim.
     """
     values = found[metric]
 
@@ -159,7 +160,7 @@ def make_table(
                 sides.append({v + ending: w for v, w in item["terms"].items()})
     compared = stats.compare(contrasts)
     for row, side in zip(compared, sides, strict=True):
-        row |= over_pictures(side, row["seeds"])
+        row |= {"terms": side} | over_pictures(side, row["seeds"])
     kept = {key: table[key] for key in ("name", "title", "claim", "left_out")}
     judged = {"comparisons": compared, "verdict": stats.claim_verdict(compared)}
     return kept | {"metric": metric, "rows": rows} | judged

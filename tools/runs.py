@@ -1,4 +1,4 @@
-"""List the pretraining runs below a folder, or compare some of them."""
+"""List the pretraining runs below a folder, compare some of them, or join seeds of several."""
 
 import argparse
 import json
@@ -10,15 +10,18 @@ from pathlib import Path
 from tabulate import tabulate
 
 from common.errors import UserError, command_parser, run_command
-from common.files import finite
+from common.files import finite, write_json
+from pipeline.join import join
 from pipeline.report import runs
 from pipeline.report.charts import short_number
 from pipeline.report.runs import FIGURES, RunInfo
+from pipeline.results import findings
 
 EXAMPLE = """\
 examples:
   .venv/bin/python tools/runs.py list runs --sort knn_top1 --json
   .venv/bin/python tools/runs.py compare runs/first runs/second
+  .venv/bin/python tools/runs.py join here/results.json there/results.json --out all.json
 
 Exit status: 0 done; 2 wrong arguments or input. docs/running.md says what the columns mean.
 """
@@ -43,6 +46,10 @@ def parser() -> argparse.ArgumentParser:
     add.set_defaults(work=_compare)
     add.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     add.add_argument("--json", action="store_true", help="print JSON")
+    add = commands.add_parser("join", help="judge the seeds of several runs of one experiment")
+    add.set_defaults(work=_join)
+    add.add_argument("files", type=Path, nargs="+", metavar="FILE", help="results.json of a run")
+    add.add_argument("--out", type=Path, required=True, metavar="FILE", help="where it is written")
     return main_parser
 
 
@@ -88,6 +95,14 @@ def _compare(options: argparse.Namespace) -> None:
     print("\nconfig keys that differ:" if differing else "\nthe configs are the same")
     print(table([[key, *map(str, values)] for key, values in differing.items()]))
     _print_problems(compared)
+
+
+def _join(options: argparse.Namespace) -> None:
+    joined = join(options.files)
+    write_json(options.out, joined)
+    for told in findings(joined):
+        print(told["answer"], told["text"])
+    print(options.out)
 
 
 def _figure_rows(corner: str, named: Mapping[str, RunInfo]) -> list[list[str]]:

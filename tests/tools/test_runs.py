@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 from common.errors import UserError
+from pipeline import results
 from pipeline.report import runs
 from tests.locks import holding
+from tests.pipeline.report import run_fixture
 from tools import runs as command
 
 
@@ -216,3 +218,78 @@ def test_keys_that_one_config_lacks_differ_and_unreadable_configs_do_not(pair):
     assert found == {"data.shards": ["a", None], "new.key": [None, 1], "optim.epochs": [2, None]}
     (pair[1] / "config.yaml").write_text("[")
     assert runs.differences([runs.read(folder) for folder in pair]) == {}
+
+
+def part(folder, seeds):
+    """results.json of a run of the preset `compare` that has these seeds alone."""
+    out = run_fixture.make_compare(folder)
+    plan = json.loads((out / "experiment.json").read_text())["plan"]
+    run_fixture.change(
+        out / "experiment.json",
+        plan=[stage for stage in plan if int(stage.rpartition("-")[2]) in seeds],
+    )
+    results.write(out)
+    return out / "results.json"
+
+
+def test_joined_runs_are_judged_as_one(tmp_path, capsys):
+    files = [part(tmp_path / "a", (0, 2)), part(tmp_path / "b", (1, 3, 4))]
+    whole = json.loads(part(tmp_path / "whole", range(5)).read_text())
+    out = tmp_path / "joined.json"
+    status, printed = called(capsys, "join", *files, "--out", out)
+    joined = json.loads(out.read_text())
+    assert status == 0
+    assert {key: joined[key] for key in ("tables", "failures", "commits", "rule", "question")} == {
+        key: whole[key] for key in ("tables", "failures", "commits", "rule", "question")
+    }
+    assert [row["seeds"] for row in joined["joined_from"]] == [[0, 2], [1, 3]]
+    assert "Yes: fa - base +3.0 points of AP50 with" not in printed.out
+    assert "Yes: fa - base +3.0 points of AP50, 95 % interval" in printed.out
+    # Joined again: what was joined, and the rest.
+    files = [part(tmp_path / "c", (0, 1)), part(tmp_path / "d", (2,)), part(tmp_path / "e", (3, 4))]
+    called(capsys, "join", *files[:2], "--out", tmp_path / "three.json")
+    called(capsys, "join", tmp_path / "three.json", files[2], "--out", out)
+    assert json.loads(out.read_text())["tables"] == whole["tables"]
+
+
+def change_table(path, **changes):
+    found = json.loads(path.read_text())
+    for table in found["tables"]:
+        table |= changes
+    path.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (
+            lambda path: change_table(path, comparisons=[]),
+            r"b/results.json: the comparisons of the table 'compare' are not those of .*a/results",
+        ),
+        (
+            lambda path: change_table(
+                path, rows=[{"label": "FA", "variant": "fa", "values": {"0": 7}}]
+            ),
+            r"seed 0 of 'FA' has \w+ 7, but [\d.]+ in .*a/results.json; join runs of different",
+        ),
+        (
+            lambda path: change_table(path, comparisons=[{"name": "old", "decides": True}]),
+            r"b/results.json: an older version wrote it, without `terms`; run it again",
+        ),
+        (
+            lambda path: run_fixture.change(path, name="other"),
+            r"a/results.json: a run of 'compare', but .*b/results.json is one of 'other'",
+        ),
+        (
+            lambda path: path.write_text("{}"),
+            r"b/results.json: is damaged; give results.json of runs of ablate.py or of a pipeline",
+        ),
+    ],
+)
+def test_runs_that_do_not_belong_together_are_not_joined(tmp_path, capsys, prepare, message):
+    files = [part(tmp_path / "a", (0, 1)), part(tmp_path / "b", (2, 3))]
+    prepare(files[1])
+    status, printed = called(capsys, "join", *files, "--out", tmp_path / "joined.json")
+    assert status == 2
+    assert re.search(message, printed.err)
+    assert not (tmp_path / "joined.json").exists()
