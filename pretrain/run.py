@@ -105,6 +105,12 @@ def make_model(
         UserError: If the device cannot do what is asked for, or there are too few samples.
     """
     engine, gamma = config.engine, config.init.residual_gamma
+    batch, least = config.data.batch_size, 2 * dist.world_size()
+    require(
+        engine.batch_norm == "synchronised" or batch >= least,
+        f"data.batch_size {batch}: BN needs two pictures or more in each of {dist.world_size()} "
+        f"processes; choose {least} or more, or engine.batch_norm=synchronised on GPUs",
+    )
     model = FAContrastive(
         config.arch, config.heads, config.objective, config.fa, gamma, num_samples
     )
@@ -132,7 +138,7 @@ def make_model(
         for network in (model.online, model.ema):
             if network is not None:
                 _compile(network.backbone)
-    rate = peak_lr(config.optim, config.data.batch_size)
+    rate = peak_lr(config.optim, batch)
     is_fused = device.type == "cuda"  # with other rounding, so that a CPU does without
     return model, make_optimizer(model.online, config.optim, rate, is_fused=is_fused)
 
