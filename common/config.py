@@ -28,7 +28,7 @@ from typing import Any, Generic, TypeVar
 import yaml
 
 from common.errors import UserError, unknown
-from common.files import decode_text, read_regular
+from common.files import read_text
 
 Schema = TypeVar("Schema")
 Base = TypeVar("Base")
@@ -96,11 +96,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: If it is missing, too large, not YAML, or holds something else.
     """
-    try:
-        data = read_regular(path, MAX_YAML_BYTES)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    raw = parse_yaml(decode_text(data, path), str(path))
+    raw = parse_yaml(read_text(path, MAX_YAML_BYTES), str(path))
     if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
         raise UserError(f"{path}: holds no settings (key: value)")
     return raw

@@ -135,17 +135,33 @@ def describe_os_error(error: OSError) -> str:
     return f"{error.strerror or error}{where}"
 
 
+# Parts of the messages of PyTorch on a CPU, and of a loader whose worker the system has killed.
+_NO_MEMORY = (
+    "DefaultCPUAllocator", "is killed by signal: Killed", "is killed by signal: Bus error",
+)  # fmt: skip
+
+
 @contextlib.contextmanager
 def memory_remedy(remedy: str) -> Iterator[None]:
-    """Tell a device that runs out of memory in one line.
+    """A context in which memory that has run out is reported with what to change.
+
+    It knows the errors of CUDA, of PyTorch on a CPU, of Python, and of a loader's worker that was
+    killed.
+
+    Args:
+        remedy: The settings to lower.
 
     Raises:
-        RunFailed: With what torch said, and the remedy.
+        RunFailed: Instead of these errors; any other goes through.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise RunFailed(f"{str(error).splitlines()[0]}; {remedy}") from error
+    except (MemoryError, RuntimeError) as error:
+        details = " ".join(str(error).split())
+        is_known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not is_known and not any(text in details for text in _NO_MEMORY):
+            raise
+        raise RunFailed(f"out of memory ({details[:200] or 'no details'}); {remedy}") from error
 
 
 def run_command(

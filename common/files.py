@@ -131,27 +131,6 @@ def remove_partial_files(folder: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
-def open_to_append(path: Path) -> BinaryIO:
-    """Open a log in a run's folder for reading and appending; it is made if there is none.
-
-    Raises:
-        UserError: If it is a link, which may lead out of the folder, or a pipe, device or socket.
-    """
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-    try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO):
-            raise
-        raise UserError(f"{path}: is a link or a socket, not a file; remove it") from None
-    try:
-        _check_kind(os.fstat(descriptor), path)
-    except OSError as error:
-        os.close(descriptor)
-        raise UserError(f"{path}: {error.strerror}; remove it") from None
-    return os.fdopen(descriptor, "a+b")
-
-
 def write_bytes(path: Path, data: bytes) -> None:
     """Write bytes atomically."""
     write_atomically(path, lambda file: file.write(data))
@@ -262,14 +241,14 @@ def decode_text(data: bytes, name: str | Path, *, encoding: str = "utf-8") -> st
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """Read a user's text file, see `decode_text`.
 
     Raises:
-        UserError: If it cannot be read or decoded, or is larger than MAX_TEXT_BYTES.
+        UserError: If it cannot be read or decoded, or is larger than `max_bytes`.
     """
     try:
-        data = read_regular(path, MAX_TEXT_BYTES)
+        data = read_regular(path, max_bytes)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     return decode_text(data, path)
@@ -407,9 +386,19 @@ def append_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def walk(root: Path) -> Iterator[Path]:
-    """Files below a folder, sorted, through links, each real folder once; hidden ones left out."""
+    """Files below a folder, sorted, through links, each real folder once; hidden ones left out.
+
+    Raises:
+        UserError: If a folder cannot be read. A `root` that is not there has no files.
+    """
+
+    def refuse(error: OSError) -> None:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise UserError(f"{error.filename}: cannot be read ({error.strerror}); allow it, "
+                            "or move the folder away")  # fmt: skip
+
     seen = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             subfolders.clear()

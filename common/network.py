@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from common.resnet import Arch
+from common.resnet import BLOCKS_PER_STAGE, Arch
 
 
 class ResNet(nn.Module):
@@ -50,7 +50,7 @@ class ResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         channels = arch.stem_channels
-        for stage, num_blocks in enumerate(arch.blocks_per_stage):
+        for stage, num_blocks in enumerate(BLOCKS_PER_STAGE[arch.depth]):
             layer, channels = self._stage(block, channels, stage, num_blocks)
             self.add_module(f"layer{stage + 1}", layer)
         self.avgpool = nn.AdaptiveAvgPool2d(1)

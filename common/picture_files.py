@@ -81,17 +81,14 @@ def in_threads(
     work: Callable[[Item], Result], items: Iterable[Item], num_threads: int
 ) -> Iterator[Result]:
     """The results of `work`, in the order of `items`, a few ahead in threads."""
-    rest, waiting = iter(items), deque[Future[Result]]()
+    waiting = deque[Future[Result]]()
     with ThreadPoolExecutor(num_threads) as pool:
         try:
-            while True:
-                while len(waiting) < 2 * num_threads:
-                    try:
-                        waiting.append(pool.submit(work, next(rest)))
-                    except StopIteration:
-                        break
-                if not waiting:
-                    return
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) == 2 * num_threads:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
         finally:
             for future in waiting:

@@ -42,11 +42,6 @@ class Arch:
         """Whether its blocks have three convolutions."""
         return self.depth >= 50
 
-    @property
-    def blocks_per_stage(self) -> tuple[int, int, int, int]:
-        """Blocks of res2 to res5."""
-        return BLOCKS_PER_STAGE[self.depth]
-
     def __str__(self) -> str:
         return (
             f"ResNet-{self.depth} (width {self.width_per_group}, stem {self.stem_channels}, "

@@ -12,6 +12,7 @@ from common.errors import (
     EACH,
     add_check_options,
     command_parser,
+    memory_remedy,
     print_check,
     require,
     run_command,
@@ -28,8 +29,9 @@ Several processes: NPROC=8 tools/pretrain.sh ... starts them with torchrun.
 --print-config shows every key, with its value after all overrides."""
 
 OUT_OF_MEMORY = (
-    "Lower optim.micro_batch_size, data.num_workers, data.batch_size or data.image_size, or set "
-    "engine.precision=bf16, engine.activation_checkpointing=true"
+    "lower optim.micro_batch_size, data.num_workers, data.batch_size or data.image_size, or set "
+    "engine.precision=bf16, engine.activation_checkpointing=true; the last checkpoint is whole: "
+    "the same command with --resume goes on from it"
 )
 
 
@@ -80,13 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if config.out is not None:
             check_out_folder(Path(config.out))
-        from pretrain.engine.guards import out_of_memory_explained
         from pretrain.engine.profiling import profile
         from pretrain.run import check, make_trainer
 
         begin_program()
         try:
-            with out_of_memory_explained(OUT_OF_MEMORY):
+            with memory_remedy(OUT_OF_MEMORY):
                 if options.check:
                     facts = check(config, has_data=options.check == "all")
                     print_check(facts, as_json=options.json)

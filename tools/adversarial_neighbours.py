@@ -17,7 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.errors import command_parser, require, run_command
+from common.errors import command_parser, memory_remedy, require, run_command
 from common.files import write_json
 
 
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     add("--json", type=Path, metavar="OUT", help="write the figures here")
     arguments = parser.parse_args(argv)
-    return run_command(lambda: work(arguments), failures=(RuntimeError,))  # a GPU without memory
+    return run_command(memory_remedy("lower --num")(lambda: work(arguments)))
 
 
 if __name__ == "__main__":

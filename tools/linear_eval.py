@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.errors import command_parser, run_command
+from common.errors import command_parser, memory_remedy, run_command
 from common.resnet import LAYOUTS
 
 EXAMPLE = """\
@@ -91,12 +91,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_intermixed_args(argv)
     from common.startup import begin_program  # after --help, which should not wait
     from pretrain import collectives as dist
-    from pretrain.engine.guards import out_of_memory_explained
 
     def work() -> None:
         begin_program()
         try:
-            with out_of_memory_explained("Lower batch_size, num_workers or image_size"):
+            with memory_remedy("lower batch_size, num_workers or image_size"):
                 evaluate(arguments)
         finally:
             dist.stop()

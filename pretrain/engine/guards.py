@@ -5,13 +5,11 @@ docs/running.md says what each guard looks at, when, and what it costs.
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -33,10 +31,6 @@ FORMAT = "fa-nonfinite-1"
 STDERR = 2  # file descriptor: faulthandler cannot write to a stream that a test has replaced
 _SAMPLE_KEYS = ("sample_ids", "repeats", "sample_hashes")
 _NONE = 1 << 62  # later than any step
-# Parts of the messages of PyTorch on a CPU, and of a loader whose worker the system has killed.
-_NO_MEMORY = (
-    "DefaultCPUAllocator", "is killed by signal: Killed", "is killed by signal: Bus error",
-)  # fmt: skip
 _ROOM = 4  # the rank is judged where batch and width leave room for so many times the alarm's
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # A cluster signals all processes of a job, torchrun passes on what it got: one request, echoed.
@@ -296,29 +290,3 @@ class HangTimer(Callback):
 
     def __exit__(self, *_: object) -> None:
         faulthandler.cancel_dump_traceback_later()
-
-
-@contextlib.contextmanager
-def out_of_memory_explained(remedy: str) -> Iterator[None]:
-    """A context in which memory that has run out is reported with what to change.
-
-    It knows the errors of CUDA, of PyTorch on a CPU, of Python, and of a loader's worker that was
-    killed.
-
-    Args:
-        remedy: The settings to lower.
-
-    Raises:
-        RunFailed: Instead of these errors; any other goes through.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        details = " ".join(str(error).split())[:200]
-        is_known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not is_known and not any(text in str(error) for text in _NO_MEMORY):
-            raise
-        raise RunFailed(
-            f"out of memory ({details or 'no details'}). {remedy}; the last checkpoint is whole: "
-            "the same command with --resume goes on from it"
-        ) from error

@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import multiprocessing
@@ -66,19 +67,6 @@ def test_no_reader_waits_on_what_is_no_file(tmp_path, kind):
     for read in (files.sha256_of, files.read_json_lines, files.require_regular):
         with pytest.raises(OSError, match="where a file is expected"):
             read(path)
-
-
-@pytest.mark.parametrize("kind", NO_FILES)
-def test_what_is_appended_to_is_a_file_in_its_folder(tmp_path, kind):
-    path = tmp_path / "log"
-    for text in (b"a\n", b"b\n"):
-        with files.open_to_append(path) as file:
-            file.write(text)
-    assert path.read_bytes() == b"a\nb\n"
-    path.unlink()
-    NO_FILES[kind](path)
-    with pytest.raises((UserError, IsADirectoryError)):
-        files.open_to_append(path)
 
 
 @pytest.mark.parametrize(
@@ -237,3 +225,22 @@ def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
         files.locked(tmp_path / "name.lock"),
     ):
         pass
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    """Permissions do not hold for root, who may run the tests."""
+    for name in ("a/one.jpg", "b/two.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    assert [path.name for path in files.walk(tmp_path)] == ["one.jpg", "two.jpg"]
+    assert list(files.walk(tmp_path / "nowhere")) == []
+    list_folder = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"/b: cannot be read \(Permission denied\); allow it"):
+        list(files.walk(tmp_path))

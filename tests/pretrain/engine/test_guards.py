@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from common.errors import RunFailed, memory_remedy
 from pretrain.engine import checkpoint, guards
 from pretrain.engine.trainer import Trainer
 from tests.pretrain.data.picture_helpers import damage
@@ -105,14 +106,14 @@ OUT_OF_MEMORY = {
 @pytest.mark.parametrize("kind", OUT_OF_MEMORY)
 def test_out_of_memory_says_what_to_change(kind):
     with (
-        pytest.raises(guards.RunFailed, match=r"out of memory \(.*\)\. Lower it; .*--resume"),
-        guards.out_of_memory_explained("Lower it"),
+        pytest.raises(RunFailed, match=r"out of memory \(.*\); lower it$"),
+        memory_remedy("lower it"),
     ):
         raise OUT_OF_MEMORY[kind]()
 
 
 def test_other_errors_are_no_lack_of_memory():
-    with pytest.raises(RuntimeError, match=r"^shape"), guards.out_of_memory_explained("Lower it"):
+    with pytest.raises(RuntimeError, match=r"^shape"), memory_remedy("lower it"):
         raise RuntimeError("shape mismatch")
 
 

@@ -154,7 +154,9 @@ def test_synchronised_batch_norm_of_several_processes_on_a_cpu_is_refused(make_r
 def test_one_picture_per_process_is_refused(make_run, monkeypatch):
     """BN's own message would be a traceback in the first step. A batch of the file is 8."""
     monkeypatch.setattr(dist, "world_size", lambda: 8)
-    with pytest.raises(UserError, match=r"data\.batch_size 8: .* in each of 8 processes; choose 16"):
+    with pytest.raises(
+        UserError, match=r"data\.batch_size 8: .* in each of 8 processes; choose 16"
+    ):
         make_run()
 
 
