@@ -15,7 +15,7 @@ import detection.training.heads  # noqa: F401  (registers the C4 head)
 
 # isort: split
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -29,7 +29,7 @@ from torch import nn
 from common import checkpoints, pictures
 from common.errors import UserError, no_such_file
 from common.files import read_json, read_json_or_none
-from detection.training.config import load_config, read_description
+from detection.training.config import check_values, load_config, merged, read_description
 from detection.training.data import BoxMapper
 
 # Detectron2 makes these at run time.
@@ -138,8 +138,7 @@ class Detector:
             The boxes of the picture, best score first; for a list, a list of them.
 
         Raises:
-            BadPicture: If a file does not decode.
-            OSError: If it cannot be read.
+            BadPicture: If a file cannot be read or does not decode.
             UserError: If a picture is neither pixels nor a path.
         """
         if isinstance(given, np.ndarray | str | Path):
@@ -148,7 +147,7 @@ class Detector:
         found = []
         for start in range(0, len(given), size):
             batch = [
-                pictures.decode(Path(one).read_bytes(), where=str(one))
+                pictures.decode(pictures.read_file(Path(one)), where=str(one))
                 if isinstance(one, str | Path)
                 else one
                 for one in given[start : start + size]
@@ -201,13 +200,16 @@ def _average_precision(seed: Path | None) -> float:
     return float(result.get("AP") or 0) if isinstance(result, dict) else 0.0
 
 
-def load_detector(path: Path | str, *, device: str | None = None) -> Detector:
+def load_detector(
+    path: Path | str, *, device: str | None = None, overrides: Mapping[str, str] | None = None
+) -> Detector:
     """Load a detector that tools/train_voc.sh trained.
 
     Args:
         path: See `find_weights`. The file alone suffices: config and class names are in it. Files
             of version 0.1 need config.yaml and result.json beside them.
         device: "cpu", "cuda", ..; None: a GPU if there is one.
+        overrides: Dotted key of its config -> value as text.
 
     Raises:
         UserError: If there is no detector, or what belongs to it is missing or does not fit.
@@ -225,9 +227,12 @@ def load_detector(path: Path | str, *, device: str | None = None) -> Detector:
         cfg, classes = read_description(content["detector"], str(weights))
     else:
         cfg, classes = _read_beside(weights)
+    cfg = merged(cfg, overrides or {})
+    check_values(cfg, weights)
     cfg.MODEL.DEVICE = device
     cfg.MODEL.WEIGHTS = ""
     cfg.freeze()
+    checkpoints.check_finite(content["model"], weights)
     try:
         model = build_model(cfg)
         model.load_state_dict(content["model"])

@@ -279,7 +279,7 @@ def to_yaml(data: OwnData, machine: Machine, sizes: Sizes, name: str, budget: st
     # Lines that not every run has.
     part = f'    part: "0:{sizes.part:g}"  # {num_pool} pictures at random: all take too long\n'
     part *= sizes.part < 1
-    some = f"    num_eval_images: {sizes.num_eval}  # the first ones: all take too long\n"
+    some = f"    num_eval_images: {sizes.num_eval}  # evenly spread: all take too long\n"
     some *= 0 < sizes.num_eval < data.num_test
     arch = (
         "    arch: {width_per_group: 64, stem_channels: 64, res2_channels: 256}\n"

@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--freeze", action="store_true", help="freeze the whole backbone before the ROI head")
     add("--arm", help="name of this arm in the results (default: from weights and --freeze)")
     add("--eval-every", type=int, metavar="N", help="evaluate every N iterations (0: at the end)")
-    add("--num-eval-images", type=int, metavar="N", help="only the first N test pictures")
+    add("--num-eval-images", type=int, metavar="N", help="only N test pictures, evenly spread")
     add("--train-split", help="lists joined by +, as voc_2007_trainval+voc_2012_trainval")
     add("--test-split", help="one list, as voc_2007_test")
     add("--classes", help="in order, a,b,c or a file with one a line (default: dataset.json's)")
@@ -76,13 +76,13 @@ def main(argv: list[str] | None = None) -> int:
     import common.startup  # noqa: F401  (before torch; seconds that --help need not wait)
 
     # isort: split
-    from torch import OutOfMemoryError
     from torch.multiprocessing.spawn import ProcessException
 
     def work() -> None:
         try:
             seeds = parse_seeds(arguments.seeds) if arguments.seeds else None
-            summary = run(arguments, seeds)
+            with errors.memory_remedy("lower SOLVER.IMS_PER_BATCH"):
+                summary = run(arguments, seeds)
             if arguments.check:
                 errors.print_check(summary, as_json=arguments.json)
                 return
@@ -90,9 +90,6 @@ def main(argv: list[str] | None = None) -> int:
             raise errors.UserError(message_of(error)) from error
         except (FloatingPointError, ProcessException) as error:
             raise errors.RunFailed(message_of(error)) from error
-        except OutOfMemoryError as error:
-            reason = message_of(error).splitlines()[0]
-            raise errors.RunFailed(f"{reason}; lower SOLVER.IMS_PER_BATCH") from error
         figures = [f"{key} {value:.1f}" for key, value in summary["mean"].items()]
         ranges = summary.get("picture_interval", {}).values()
         about = ", brackets: 95 % over the set's pictures" * any(ranges)
@@ -109,8 +106,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(arguments: argparse.Namespace, seeds: list[int] | None) -> dict[str, Any]:
     """Train, or evaluate what is trained, or check; returns the summary, or what a check says."""
     from common.startup import begin_program
+    from detection.other_sets import evaluate_on
     from detection.training.config import parse_overrides
-    from detection.training.other_sets import evaluate_on
     from detection.training.run import ArmSettings, check, run_arm
 
     begin_program()

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 from xml.etree import ElementTree
 
 from common.config import Registry
@@ -22,6 +22,7 @@ YEAR_FOLDER = "VOC2007"
 
 _MAX_CLASS_NAME = 100  # characters
 Box = tuple[float, float, float, float]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -329,6 +330,16 @@ def annotation_xml(picture: str, width: int, height: int, objects: Sequence[Obje
         _add(box, xmin=x0 + 1, ymin=y0 + 1, xmax=x1, ymax=y1)
     ElementTree.indent(root)
     return ElementTree.tostring(root) + b"\n"
+
+
+def evenly(items: Sequence[_T], count: int) -> list[_T]:
+    """At most `count` (0: all) of some items, at even distances, the first among them.
+
+    The pictures of a list often stand folder by folder, so its first ones are no sample of it.
+    """
+    if not 0 < count < len(items):
+        return list(items)
+    return [items[place * len(items) // count] for place in range(count)]
 
 
 def whole_box(box: Box, width: int, height: int) -> tuple[int, int, int, int]:

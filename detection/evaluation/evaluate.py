@@ -26,7 +26,13 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.utils.data import DataLoader
 
-from common.annotations.record import LabelledSet, LabelledSplit, PictureRecord, coco_content
+from common.annotations.record import (
+    LabelledSet,
+    LabelledSplit,
+    PictureRecord,
+    coco_content,
+    evenly,
+)
 from common.errors import UserError
 from common.picture_draws import METRICS
 from detection.evaluation.error_analysis import (
@@ -284,14 +290,12 @@ class Collector(DatasetEvaluator):
 
 
 def evaluated_split(cfg: CfgNode, data: LabelledSet) -> LabelledSplit:
-    """The pictures that are evaluated: the first TEST.NUM_IMAGES (0: all) of the test list.
+    """The pictures that are evaluated: TEST.NUM_IMAGES (0: all) of the test list, see `evenly`.
 
     Raises:
         UserError: If none of them holds an object that counts.
     """
-    split, count = data.test, cfg.TEST.NUM_IMAGES
-    if count:
-        split = replace(split, pictures=split.pictures[:count])
+    split = replace(data.test, pictures=tuple(evenly(data.test.pictures, cfg.TEST.NUM_IMAGES)))
     if len(split.classes_without_objects(data.classes)) == len(data.classes):
         raise UserError(
             f"{data.root}: list {split.name!r}: no object of the detector's classes in the "
@@ -387,13 +391,11 @@ def detection_rows(
         data: Their set; file names become relative to its root.
         boxes: All detections.
         kinds: Of each detection, see `error_analysis.ALL_KINDS`.
-        num_saved: How many pictures are kept, at even distances, the first among them.
+        num_saved: How many pictures are kept, see `evenly`.
         score_thresh: Lowest score that is kept.
     """
-    total = len(split.pictures)
-    places = [place * total // num_saved for place in range(num_saved)]
     rows = []
-    for place in range(total) if num_saved >= total else places:
+    for place in evenly(range(len(split.pictures)), num_saved) if num_saved else ():
         picture = split.pictures[place]
         own = np.flatnonzero(boxes.image == place)
         own = own[np.argsort(-boxes.score[own], kind="stable")]

@@ -13,6 +13,7 @@ import detection.compat  # noqa: F401  (before detectron2)
 # isort: split
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import astuple
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,10 @@ _LOWEST = {
     "SOLVER.BASE_LR": 0,
     "TEST.IMS_PER_BATCH": 1,
     "TEST.NUM_IMAGES": 0,
+    "TEST.NUM_SAVED_IMAGES": 0,
 }
 _CHOICES = {
+    "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler",),  # ours alone continues exactly
     "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
     "INPUT.FORMAT": ("RGB", "BGR"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
@@ -72,25 +75,20 @@ _CHOICES = {
     ),
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
 }
+_ARCH_KEYS = ("DEPTH", "WIDTH_PER_GROUP", "STEM_OUT_CHANNELS", "RES2_OUT_CHANNELS")
+"""Of MODEL.RESNETS, in the order of `Arch`'s fields."""
 # What yacs raises; the last two come from Python's parser, for a value of a thousand brackets.
 _REFUSALS = (KeyError, ValueError, AssertionError, TypeError, RecursionError, MemoryError)
 
 
 def arch_of_config(cfg: CfgNode) -> Arch:
     """The ResNet that a Detectron2 config builds."""
-    resnets = cfg.MODEL.RESNETS
-    return Arch(
-        resnets.DEPTH, resnets.WIDTH_PER_GROUP, resnets.STEM_OUT_CHANNELS, resnets.RES2_OUT_CHANNELS
-    )
+    return Arch(*(cfg.MODEL.RESNETS[key] for key in _ARCH_KEYS))
 
 
 def set_arch(cfg: CfgNode, arch: Arch) -> None:
     """Make a config build that ResNet."""
-    resnets = cfg.MODEL.RESNETS
-    resnets.DEPTH = arch.depth
-    resnets.WIDTH_PER_GROUP = arch.width_per_group
-    resnets.STEM_OUT_CHANNELS = arch.stem_channels
-    resnets.RES2_OUT_CHANNELS = arch.res2_channels
+    cfg.MODEL.RESNETS.update(zip(_ARCH_KEYS, astuple(arch), strict=True))
 
 
 def add_keys(cfg: CfgNode, path: Path | None = None) -> None:
@@ -99,7 +97,7 @@ def add_keys(cfg: CfgNode, path: Path | None = None) -> None:
     - MODEL.BACKBONE.CALIBRATE_BN_BATCHES: before training, set the statistics of *frozen* batch
       norms from this many batches of training pictures (0: leave them). The same for every arm.
     - TEST.IMS_PER_BATCH: pictures per forward pass in evaluation.
-    - TEST.NUM_IMAGES: evaluate on the first so many pictures of the test list (0: all).
+    - TEST.NUM_IMAGES: evaluate on so many pictures of the test list, evenly spread (0: all).
     - TEST.NUM_SAVED_IMAGES: how many test pictures detections.json holds, evenly spread.
     - TEST.SAVED_SCORE_THRESH: lowest score in it.
 
@@ -176,7 +174,7 @@ def read_description(description: Any, where: str) -> tuple[CfgNode, tuple[str, 
             raise ValueError(f"format {description['format']!r:.40} is not known")
         for key in ("config", "config_extra"):
             _merge_text(cfg, description[key], key)
-        _check_values(cfg, Path("config"))
+        check_values(cfg, Path("config"))
         _check_detector(cfg, Path("config"))
         classes = tuple(checked_class_name(name, "classes") for name in description["classes"])
         if len(classes) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
@@ -234,23 +232,29 @@ def load_config(
     for key in overrides:
         if key in _BY_ARGUMENT:
             raise UserError(f"{key}: {_BY_ARGUMENT[key]}")
-    before, cfg = cfg, _merged(cfg, overrides)
-    _check_values(cfg, path)
+    before, cfg = cfg, merged(cfg, overrides)
+    check_values(cfg, path)
     if num_gpus is not None and cfg.SOLVER.REFERENCE_WORLD_SIZE > 0:
         before.SOLVER.REFERENCE_WORLD_SIZE = cfg.SOLVER.REFERENCE_WORLD_SIZE
         is_given = "SOLVER.IMS_PER_BATCH" in overrides
         scale_schedule(before, num_gpus, cfg.SOLVER.IMS_PER_BATCH if is_given else None)
-        cfg = _merged(before, overrides)
+        cfg = merged(before, overrides)
         cfg.SOLVER.REFERENCE_WORLD_SIZE = num_gpus
     check_schedule(cfg, before.SOLVER, overrides.keys())
     _check_detector(cfg, path)
+    # Detectron2 would look for results of its own hook behind the last iteration, and fail.
+    cfg.TEST.EXPECTED_RESULTS = []
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     return cfg
 
 
-def _merged(cfg: CfgNode, overrides: Mapping[str, str]) -> CfgNode:
-    """A copy with overrides applied."""
+def merged(cfg: CfgNode, overrides: Mapping[str, str]) -> CfgNode:
+    """A copy with overrides applied.
+
+    Raises:
+        UserError: For an unknown key, or a value of the wrong kind.
+    """
     copy = cfg.clone()
     for key, value in overrides.items():
         try:
@@ -260,7 +264,7 @@ def _merged(cfg: CfgNode, overrides: Mapping[str, str]) -> CfgNode:
     return copy
 
 
-def _check_values(cfg: CfgNode, path: Path) -> None:
+def check_values(cfg: CfgNode, path: Path) -> None:
     """Refuse text among numbers, and numbers that are not finite or too low; yacs checks none."""
     stock = dotted(get_cfg())
     for key, value in dotted(cfg).items():
@@ -304,6 +308,8 @@ def _check_detector(cfg: CfgNode, path: Path) -> None:
     for key, needed in _NEEDS_MORE.items():
         if cfg.MODEL[key.removeprefix("MODEL.")]:
             raise UserError(f"{path}: {key}: sets here hold no {needed}, only boxes; set False")
+    if cfg.TEST.AUG.ENABLED:
+        raise UserError(f"{path}: TEST.AUG.ENABLED: the evaluation here has none; set False")
     resnets = cfg.MODEL.RESNETS
     if resnets.DEPTH in (18, 34) and resnets.RES2_OUT_CHANNELS != 64:
         raise UserError(

@@ -33,7 +33,7 @@ from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.annotations.record import LabelledSet, LabelledSplit
+from common.annotations.record import LabelledSet, LabelledSplit, evenly
 from common.errors import UserError
 from common.pictures import BadPicture, decode, read_file
 
@@ -220,10 +220,8 @@ def build_train_loader(
 
 
 def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:
-    """Build the evaluation loader over the first TEST.NUM_IMAGES pictures (0: all)."""
-    pictures = DatasetCatalog.get(name)
-    if cfg.TEST.NUM_IMAGES:
-        pictures = pictures[: cfg.TEST.NUM_IMAGES]
+    """Build the evaluation loader over TEST.NUM_IMAGES pictures (0: all), see `evenly`."""
+    pictures = evenly(DatasetCatalog.get(name), cfg.TEST.NUM_IMAGES)
     return build_detection_test_loader(
         pictures,
         mapper=BoxMapper(cfg, is_train=False),

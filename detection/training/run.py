@@ -31,7 +31,7 @@ from common.config import dotted, one_line
 from common.errors import UserError
 from common.picture_draws import METRICS
 from common.threads import choose_threads
-from detection.evaluation.evaluate import Evaluation
+from detection.evaluation.evaluate import Evaluation, evaluated_split
 from detection.training.config import (
     arch_of_config,
     check_device,
@@ -191,6 +191,8 @@ def prepare(settings: ArmSettings) -> Arm:
         "data_sha256": data.digest(),
         "num_gpus": num_gpus,
     }
+    if cfg.TEST.NUM_IMAGES:  # version 0.1 took the first ones
+        compared["evaluated"] = "evenly"
     return Arm(
         settings.name or start + ("_frozen" if settings.freeze else ""),
         cfg,
@@ -353,7 +355,6 @@ def log_to(folder: Path) -> None:
     """Everything to log.txt; our own lines and Detectron2's progress to the console."""
     rank = comm.get_rank()
     path = folder / ("log.txt" if rank == 0 else f"log.txt.rank{rank}")
-    files.open_to_append(path).close()  # refuses a link that leads out of the folder
     file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
     console = logging.StreamHandler(sys.stdout)
@@ -394,7 +395,7 @@ def check(settings: ArmSettings, *, has_data: bool) -> dict[str, Any]:
         choice = replace(settings.choice, decodes=True)
         arm = prepare(replace(settings, choice=choice))
         cfg = arm.cfg
-        num_train, num_test = arm.data.num_train, len(arm.data.test.pictures)
+        num_train, num_test = arm.data.num_train, len(evaluated_split(cfg, arm.data).pictures)
         notes = [f"{arm.data.root}: {note}" for note in arm.data.notes]
     else:
         cfg = load_config(settings.config, settings.overrides, num_gpus=settings.num_gpus or 1)

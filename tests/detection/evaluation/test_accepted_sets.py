@@ -20,7 +20,7 @@ from torch import nn
 
 from common.annotations.record import LabelledSet, SetChoice, read_set
 from common.errors import UserError
-from detection.evaluation.evaluate import Evaluation, evaluate_detector
+from detection.evaluation.evaluate import Evaluation, evaluate_detector, evaluated_split
 from detection.training.config import load_config
 from detection.training.data import build_test_loader, register
 from pipeline.datasets.importers import open_source
@@ -235,6 +235,28 @@ def test_folders_of_annotation_tools(tmp_path, name, capsys):
     result = evaluated(read_set(tmp_path / "set", SetChoice(classes=CLASSES, test_only=True)))
     assert (result.coco["AP"], result.errors["AP50"]) == pytest.approx((100, 100))
     assert result.means == pytest.approx(dict.fromkeys(result.means, 100))
+
+
+def test_evaluated_pictures_are_spread_over_the_list(tmp_path: Path) -> None:
+    """The first pictures of a list are often one folder, so of one class."""
+    voc = make_devkit(tmp_path)
+    (voc / "ImageSets/Main/test.txt").write_text("000\n002\n001\n003\n")  # cat, cat, dog, dog
+    data = read_set(tmp_path, SetChoice(classes=CLASSES, train_split="train"))
+    cfg = load_config(CONFIGS / "thin_R50_C4.yaml", {"TEST.NUM_IMAGES": "2"})
+    split = evaluated_split(cfg, data)
+    assert [picture.image_id for picture in split.pictures] == ["000", "001"]
+    loader = build_test_loader(cfg, register(data)[1])
+    assert [row["image_id"] for batch in loader for row in batch] == ["000", "001"]
+
+
+def test_the_check_demands_objects_that_count(tmp_path: Path, capsys) -> None:
+    voc = make_devkit(tmp_path)
+    words = ["random", "--config", str(CONFIGS / "thin_R50_C4.yaml"), "--data", str(tmp_path)]
+    words += ["--out", str(tmp_path / "out"), "--check", "all", "--json", "--train-split", "train"]
+    assert main(words) == 0
+    replaced(("<difficult>0", "<difficult>1"))(voc)
+    assert main(words) == 2
+    assert "list 'test': no object of the detector's classes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a 1", "photo (1)", "a.b.c", "鳥", "é", "sub/a"])

@@ -118,6 +118,9 @@ def test_schedule_is_scaled_with_max_iter() -> None:
         ("INPUT.CROP.TYPE relativ", r"unknown INPUT.CROP.TYPE relativ; did you mean relative\?"),
         ("MODEL.META_ARCHITECTURE=PanopticFPN", "PanopticFPN is not supported; GeneralizedRCNN"),
         ("MODEL.META_ARCHITECTURE=Nonsense", "Nonsense is not supported"),
+        ("DATALOADER.SAMPLER_TRAIN=RepeatFactorTrainingSampler", "mean TrainingSampler"),
+        ("TEST.AUG.ENABLED=True", "the evaluation here has none; set False"),
+        ("TEST.NUM_SAVED_IMAGES=-1", "NUM_SAVED_IMAGES is -1; give at least 0"),
         ("MODEL.MASK_ON=True", "sets here hold no masks"),
         ("MODEL.LOAD_PROPOSALS=True", "hold no files of proposals"),
         ("MODEL.PROPOSAL_GENERATOR.NAME=PrecomputedProposals", "give RPN"),
@@ -247,3 +250,10 @@ def test_batch_that_does_not_divide_is_refused() -> None:
         load_config(PROTOCOL, {"SOLVER.REFERENCE_WORLD_SIZE": "3"}, num_gpus=1)
     with pytest.raises(UserError, match="IMS_PER_BATCH 0: give at least 1"):
         load_config(PROTOCOL, {"SOLVER.IMS_PER_BATCH": "0"}, num_gpus=1)
+
+
+def test_results_that_detectron2_expects_do_not_end_a_training(tmp_path: Path) -> None:
+    """It would assert behind the last iteration that its own hook had evaluated."""
+    config = tmp_path / "quick.yaml"
+    config.write_text(f'_BASE_: "{THIN}"\nTEST:\n  EXPECTED_RESULTS: [["bbox", "AP", 38.3, 0.2]]\n')
+    assert load_config(config).TEST.EXPECTED_RESULTS == []

@@ -3,10 +3,6 @@
 Nothing is trained and nothing of a seed's own files changes; the result is written beside them.
 """
 
-import detection.compat  # noqa: F401  (before detectron2)
-
-# isort: split
-import json
 import logging
 import re
 import sys
@@ -17,24 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 
-from common import checkpoints, provenance
+from common import provenance
 from common.annotations.record import SetChoice, read_set
-from common.config import dotted
 from common.errors import UserError
-from common.files import LOCK, held, read_record, sha256_of, write_json
+from common.files import LOCK, held, sha256_of, write_json
 from common.picture_draws import METRICS, draw_pictures, intervals, read_draws, write_draws
 from common.threads import choose_threads
 from detection.evaluation.evaluate import evaluate_detector
 from detection.evaluation.resampled_ap import resampled_ap
+from detection.predict import MODEL_FILE, load_detector
 from detection.training import run
-from detection.training.config import load_config
 from detection.training.data import build_test_loader, register
 
 logger = logging.getLogger(__name__)
-_MODEL = "model_final.pth"
 _REPEAT = "train it first, with the same command without --eval-on"
 
 
@@ -111,7 +103,7 @@ def _evaluate_seeds(
         file, draws_file = (folder / f"eval-on-{name}{end}.json" for end in ("", "-draws"))
         made_with = {
             "data_sha256": data.digest(),
-            "model_sha256": sha256_of(folder / _MODEL),
+            "model_sha256": sha256_of(folder / MODEL_FILE),
             "overrides": [word for pair in overrides.items() for word in pair],
         }
         row = run.read_result(file)
@@ -132,20 +124,9 @@ def _evaluate_seeds(
             run.log_to(folder)
             for note in data.notes:
                 logger.info("%s: %s", root, note)
-            cfg = _trained_config(folder, overrides)
-            cfg.DATASETS.TEST = (register(data)[1],)
-            cfg.freeze()
-            model = build_model(cfg)
-            try:
-                state = checkpoints.read(folder / _MODEL)["model"]
-                checkpoints.check_finite(state, folder / _MODEL)
-                model.load_state_dict(state)
-            except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-                raise UserError(
-                    f"{folder / _MODEL}: does not fit the config.yaml beside it; {_REPEAT}"
-                ) from error
-            loader = build_test_loader(cfg, cfg.DATASETS.TEST[0])
-            evaluation = evaluate_detector(cfg, model.eval(), loader, data)
+            detector = load_detector(folder / MODEL_FILE, overrides=overrides)
+            loader = build_test_loader(detector.cfg, register(data)[1])
+            evaluation = evaluate_detector(detector.cfg, detector.model, loader, data)
             assert evaluation is not None  # one process
             run.write_details(evaluation, folder, f"{file.stem}-")
             counts = draw_pictures(evaluation.num_images)
@@ -178,27 +159,6 @@ def _evaluate_seeds(
     return summary
 
 
-def _trained_config(folder: Path, overrides: Mapping[str, str]) -> CfgNode:
-    """The config of a seed, with overrides.
-
-    Raises:
-        UserError: If its config.yaml is not what run.json says that the seed was trained with.
-    """
-    path, record = folder / "config.yaml", folder / "run.json"
-    settings = {}  # of a seed that was copied without it
-    if record.exists():
-        settings = read_record(record, {"settings": dict}, remedy=_REPEAT)["settings"]
-    found = json.loads(json.dumps(dotted(load_config(path, {}))))
-    common = settings.keys() & found.keys() - {"MODEL.DEVICE"}  # perhaps another machine
-    changed = sorted(key for key in common if found[key] != settings[key])
-    if changed:
-        raise UserError(
-            f"{path}: is damaged, {changed[0]} is {found[changed[0]]} and was "
-            f"{settings[changed[0]]} in run.json; {_REPEAT}"
-        )
-    return load_config(path, overrides)
-
-
 def result_name(root: Path, split: str | None) -> str:
     """NAME of eval-on-NAME.json: the set's folder, and the list if one was chosen."""
     parts = [root.resolve().name, *([split] if split else [])]
@@ -218,7 +178,7 @@ def _finished_seeds(out: Path, seeds: Sequence[int] | None) -> list[Path]:
     if not folders:
         raise UserError(f"{out}: holds no finished seed (seed-N/result.json); {_REPEAT}")
     for folder in folders:
-        for needed in ("result.json", "config.yaml", _MODEL):
+        for needed in ("result.json", MODEL_FILE):
             if not (folder / needed).is_file():
                 raise UserError(f"{folder}: is not finished, {needed} is missing; {_REPEAT}")
     return folders
