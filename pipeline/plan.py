@@ -290,7 +290,7 @@ KINDS = {
     "pretrain": ("tools/pretrain.sh", 1, _PRETRAIN),
     "linear": ("tools/linear_eval.py", 1, _PRETRAIN),
     "convert": ("tools/convert_to_d2.py", 1, _DETECTION),
-    "detection": ("tools/train_voc.sh", 1, _DETECTION),
+    "detection": ("tools/train_voc.sh", 2, _DETECTION),
     "report": ("pipeline/report/report.py", 1, ("jinja2", "matplotlib", "pillow")),
 }
 """Kind of a stage -> its program, the version of its code, distributions whose versions count.
@@ -454,8 +454,7 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
                 )  # fmt: skip
                 from_here = {"upstream": (f"pretrain{tail}",)}
                 if "linear" in config.evaluations:
-                    workers = read_yaml(own_yaml).get("data", {}).get("num_workers", 2)
-                    workers = overrides.get("data.num_workers", workers)
+                    workers = (dotted(read_yaml(own_yaml)) | overrides).get("data.num_workers", 2)
                     probe = shards_of(packed, both)
                     add(
                         "linear", f"linear{tail}",

@@ -442,7 +442,7 @@ def findings(results: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def deciding_tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The tables by metrics that decide; where there is a question the most important one first."""
-    tables = results.get("tables") or arm_tables("", results["detection"])
+    tables = results.get("tables") or arm_tables("", results.get("detection", {}))
     deciding = [table for table in tables if table["metric"] in TITLES]
     if results.get("question"):
         deciding.sort(key=lambda table: [*TITLES].index(table["metric"]))

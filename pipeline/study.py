@@ -254,8 +254,8 @@ def trials_config(
     pairs = [(name, control) for name in variants if name != control]
     for word in compare:
         treated, _, other = word.partition(":")
-        is_pair = treated in variants and other in variants
-        require(is_pair, f"--compare {word}: give A:B with A and B of {known}")
+        is_pair = treated in variants and other in variants and treated != other
+        require(is_pair, f"--compare {word}: give A:B with two different ones of {known}")
         pairs.append((treated, other))
     comparisons = {f"{a} - {b}": schema.Comparison(f"{a} - {b}", {a: 1, b: -1}) for a, b in pairs}
     return schema.check_config(

@@ -389,7 +389,7 @@ def context(out: Path) -> dict[str, Any]:
         "most_classes": MOST_CLASSES,
         "most_bytes": pictures.MOST_BYTES,
         "near_zero": results.near_zero,
-        "dataset": _dataset(out / "data/dataset.json"),
+        "dataset": _dataset(dataset / "dataset.json"),
         "stages": stages,
     }  # fmt: skip
 

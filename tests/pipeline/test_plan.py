@@ -201,6 +201,19 @@ def test_linear_evaluation_needs_probes(tmp_path, own):
         load_config(path)
 
 
+def test_linear_evaluation_loads_with_the_workers_of_the_pretraining(tmp_path, own):
+    """Also where the file writes the key with dots, or leaves `data:` empty."""
+    path = own_config(tmp_path, shards=own["shards"], probe_train=own["a"], probe_val=own["b"])
+    text = path.read_text() + "evaluations: [linear]\n"
+    text += f"pretrain: {{config: {tmp_path}/own_pretrain.yaml}}\n"
+    path.write_text(text)
+    for content, words in (("data:\n", "2"), ("data.num_workers: 4\n", "4"),
+                           ("data: {num_workers: 3}\n", "3")):  # fmt: skip
+        (tmp_path / "own_pretrain.yaml").write_text(content)
+        command = stages_of(path, tmp_path / "out")["linear"].command
+        assert f"num_workers={words}" in command
+
+
 def test_a_key_sees_files_behind_links(tmp_path):
     real, data = tmp_path / "real", tmp_path / "data"
     for folder in (real, data):

@@ -341,6 +341,7 @@ def test_weights_without_a_card_are_converted_once(words: list[str], tmp_path: P
         (["--init", "a b=random", "--control", "x"], "--control x: give one of"),
         (["--control", "moco"], "--control moco: give one of random, byol, ours"),
         (["--compare", "ours-byol"], "--compare ours-byol: give A:B"),
+        (["--compare", "ours:ours"], "--compare ours:ours: give A:B with two different ones"),
         (["--data", "nowhere"], "nowhere does not exist"),
         (["--config", "nowhere.yaml"], "unknown config 'nowhere.yaml'"),
         (["--published", "nowhere.yaml"], "nowhere.yaml: cannot be read"),

@@ -252,6 +252,11 @@ def test_joined_runs_are_judged_as_one(tmp_path, capsys):
     assert json.loads(out.read_text())["tables"] == whole["tables"]
 
 
+def test_joined_runs_may_have_nothing_to_compare_yet(tmp_path, capsys):
+    files = [part(tmp_path / "a", ()), part(tmp_path / "b", ())]
+    assert called(capsys, "join", *files, "--out", tmp_path / "joined.json")[0] == 0
+
+
 def change_table(path, **changes):
     found = json.loads(path.read_text())
     for table in found["tables"]:

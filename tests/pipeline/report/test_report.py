@@ -342,6 +342,11 @@ def test_the_page_of_a_comparison_begins_with_question_and_answer(tmp_path, seed
     sure = "95 % interval +2.5 to +3.4, n = 4 pretraining seeds."
     answer = "Yes:" if seeds > 1 else "One seed cannot tell:"
     sure = sure if seeds > 1 else "n = 1, no interval: it may be chance."
+    assert "Data set" not in page.text
+    (out / "data/seed-0").mkdir(parents=True)
+    (out / "data/seed-0/dataset.json").write_text('{"name": "of seed 0", "kind": "letters"}')
+    change(out / "experiment.json", dataset="data/seed-0")
+    assert "Data set of seed 0 (letters)" in Page(report.render(out)).text
     line = f"Does FA help? {answer} fa - base {gain:+.1f} points of AP50, {sure}"
     assert line in page.text[: page.text.index("Contents")]
     assert "kNN top-1, 95 %" not in page.text, "one answer; the table shows the others"
