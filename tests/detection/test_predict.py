@@ -15,7 +15,13 @@ import yaml
 from detectron2.modeling import build_model
 from PIL import Image
 
-from benchmarks.voc_eval_parity import (
+from common.annotations.record import SetChoice, read_set
+from common.drawing import draw_boxes, drawable_name, place_plate
+from common.errors import UserError
+from common.files import read_json as read
+from detection.predict import Prediction, find_weights, load_detector
+from detection.training.config import describe, load_config, parse_overrides
+from tests.detection.evaluation.reference_metrics import (
     VOC_2012,
     VOC_THRESHOLDS,
     DetectionSet,
@@ -23,12 +29,6 @@ from benchmarks.voc_eval_parity import (
     TrueObject,
     average_precisions,
 )
-from common.annotations.record import SetChoice, read_set
-from common.drawing import draw_boxes, drawable_name, place_plate
-from common.errors import UserError
-from common.files import read_json as read
-from detection.predict import Prediction, find_weights, load_detector
-from detection.training.config import describe, load_config, parse_overrides
 from tests.detection.tiny_detection import CLASSES, CONFIGS, make_voc
 from tools import train_voc
 from tools.predict import main

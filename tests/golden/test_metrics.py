@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.voc_eval_parity import DetectionSet, random_set
 from common.annotations.record import LabelledSplit, SetChoice, read_set
 from detection.training.data import to_detectron2
+from tests.detection.evaluation.reference_metrics import DetectionSet, random_set
 from tests.golden.detection_inputs import (
     FoundBox,
     TrueBox,

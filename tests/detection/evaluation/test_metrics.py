@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from detectron2.evaluation.pascal_voc_evaluation import voc_eval
 
-from benchmarks.voc_eval_parity import COCO as COCO_RULES
-from benchmarks.voc_eval_parity import (
+from common.annotations.record import LabelledSet, LabelledSplit, SetChoice, read_set
+from detection.evaluation import evaluate
+from detection.evaluation.error_analysis import ALL_KINDS, error_table, judge, objects_of
+from tests.detection.evaluation.reference_metrics import COCO as COCO_RULES
+from tests.detection.evaluation.reference_metrics import (
     VOC_2007,
     VOC_2012,
     VOC_THRESHOLDS,
@@ -22,9 +25,6 @@ from benchmarks.voc_eval_parity import (
     picture_records,
     random_set,
 )
-from common.annotations.record import LabelledSet, LabelledSplit, SetChoice, read_set
-from detection.evaluation import evaluate
-from detection.evaluation.error_analysis import ALL_KINDS, error_table, judge, objects_of
 from tests.detection.tiny_detection import (
     CLASSES,
     Detection,

@@ -1,11 +1,8 @@
-"""Our own VOC and COCO metrics against Detectron2's evaluator and pycocotools, on random sets.
+"""VOC's and COCO's metrics written from their definitions: the reference of several tests.
 
-Average precision is written from the definitions (docs/detection.md explains what separates the
-two metrics); tests compare with it too. Random detections lie on a grid of 1/8 pixel: every sum is
+It is compared with Detectron2's evaluator and pycocotools on random sets; docs/detection.md
+explains what separates the two metrics. Random detections lie on a grid of 1/8 pixel: every sum is
 exact, so that no metric decides an overlap that equals its threshold by the way it rounds.
-
-Example:
-  .venv/bin/python benchmarks/voc_eval_parity.py --json parity.json
 """
 
 import detection.compat  # noqa: F401  (before detectron2)
@@ -14,8 +11,6 @@ import detection.compat  # noqa: F401  (before detectron2)
 import contextlib
 import io
 import math
-import sys
-import tempfile
 import uuid
 import warnings
 from collections import Counter
@@ -33,10 +28,8 @@ from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO as CocoSet
 from pycocotools.cocoeval import COCOeval
 
-from benchmarks import harness
 from common.annotations import record
 
-TOLERANCE = 1e-6
 VOC_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
 COCO_AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))
 _TO_CONTINUOUS = np.array([1.0, 1.0, 0.0, 0.0])  # from corners counted from 1, inclusive, to 0
@@ -393,33 +386,3 @@ def coco_differences(data: DetectionSet) -> list[float]:
             for place, value in enumerate(theirs.tolist()):
                 differences.append(_apart(ours, place, None if value < 0 else value))
     return differences
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 1 also if the metrics differ."""
-    counts = (("sets", 1000, 1, "random sets"), ("seed", 0, 0, "of the first set"))
-    options = harness.make_parser(__doc__, counts).parse_args(arguments)
-
-    def measure() -> dict[str, Any]:
-        voc, coco = [], []
-        with tempfile.TemporaryDirectory(prefix="voc-eval-parity-") as folder:
-            for seed in range(options.seed, options.seed + options.sets):
-                data = random_set(seed)
-                voc += voc_differences(data, Path(folder, str(seed)))
-                coco += coco_differences(data)
-        return {
-            "sets": options.sets,
-            "max_difference": max(voc + coco),
-            "max_difference_voc": max(voc),
-            "max_difference_coco": max(coco),
-            "num_compared_voc": len(voc),
-            "num_compared_coco": len(coco),
-        }
-
-    return harness.run_and_report(
-        measure, options.json, is_success=lambda figures: figures["max_difference"] <= TOLERANCE
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())
