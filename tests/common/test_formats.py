@@ -122,8 +122,45 @@ def test_yolo_pictures_without_objects_and_turned_ones(yolo: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (f"images/train/{NAMES[0]}.jpg", None),
+        (f"images/train/{NAMES[0]}.jpg", f"images/train/{NAMES[0]}.HEIC"),
+        (label_file(), label_file("Photo 0")),
+    ],
+)
+def test_text_files_without_their_picture(yolo: Path, old: str, new: str | None) -> None:
+    """Other text files, and a second path to a folder of them, are no fault."""
+    for i, text in enumerate(("", "Read me 1 2 3 4", "0 .5 .5 .1", "images/a.jpg\nimages/b.jpg")):
+        write(yolo / f"labels/train/note {i}.txt", text)
+    (yolo / "labels").rename(yolo / "annotations")
+    (yolo / "labels").symlink_to("annotations")
+    assert read_set(yolo).notes == ()
+    (yolo / old).rename(yolo / new) if new else (yolo / old).unlink()
+    with pytest.raises(UserError, match=r"hoto 0.txt: its picture is not there.*--max-left-out 1"):
+        read_set(yolo)
+    data = read_set(yolo, SetChoice(max_left_out=1))
+    assert data.left_out == {"pictures that are missing or unreadable": 1}
+
+
+def test_lists_of_classes_that_differ(tmp_path: Path) -> None:
+    """LabelImg writes one in each folder, in the order of that session."""
+    LAYOUTS["LabelImg YOLO"][1](tmp_path / "day 1")
+    write(tmp_path / "predefined_classes.txt", "dog\ncat\ncow\n")  # LabelImg starts with it
+    write(tmp_path / "day 2/classes.txt", " cat\r\ndog")
+    assert read_set(tmp_path).classes == ("cat", "dog")
+    write(tmp_path / "day 2/classes.txt", "dog\ncat\n")
+    with pytest.raises(
+        UserError, match=r"day 1/classes.txt and .*day 2/classes.txt have different"
+    ):
+        read_set(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("names: [no, yes]\n", "names holds False, as YAML reads .*in quotes"),
+        ("names: {0: cat, 1: ~}\n", "names holds None, as YAML reads"),
         ("names: [cat, cat]\n", "holds one twice"),
         ("names: {1: cat, 2: dog}\n", "count them from 0"),
         ("names: 2\n", "names must be a list"),

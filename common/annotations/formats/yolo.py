@@ -7,6 +7,7 @@ takes them.
 
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,8 +19,10 @@ from common.config import read_yaml
 from common.errors import UserError
 from common.files import read_text, walk
 
-_NAME_FILES = ("classes.txt", "obj.names", "predefined_classes.txt")
+_STARTED_WITH = "predefined_classes.txt"
+_NAME_FILES = ("classes.txt", "obj.names", _STARTED_WITH)
 _LISTS = ("train", "val", "valid", "test")
+_LINE = re.compile(r"\s*\d+(\.0*)?(\s+[-+.e\d]+){4,}\s*", re.IGNORECASE)
 SCORES = "boxes with a score: the score is not used"
 KEYPOINTS = "objects with key points: these are not used"
 NO_FILE = "pictures without a text file: taken as without objects"
@@ -41,7 +44,7 @@ class Yolo(record.LabelledFormat):
         """Whether there is a YAML file with names, or a list of names and a text file of boxes."""
         if _yaml_file(root) is not None:
             return True
-        if _names_file(root) is None:
+        if not _names_files(root):
             return False
         files = FolderFiles(root, ".txt")
         return any(files.picture_of(path) for path in files.annotations)
@@ -59,6 +62,8 @@ class Yolo(record.LabelledFormat):
         names = _class_names(root, path, content)
         lists = _lists(files, path, content, findings)
         has_keypoints = "kpt_shape" in content
+        texts = {picture: _text_file(root, picture) for picture in files.pictures}
+        _leave_out_orphans(files, list(filter(None, texts.values())), findings)
 
         def load(name: str) -> record.LabelledSplit:
             if name not in lists:
@@ -66,9 +71,8 @@ class Yolo(record.LabelledFormat):
             pictures = []
             for picture in lists[name]:
                 with findings.leaving_out(checks.ANNOTATION):
-                    text = _text_file(root, picture)
                     pictures.append(
-                        _read_picture(root, picture, text, names, choice.exif, findings,
+                        _read_picture(root, picture, texts[picture], names, choice.exif, findings,
                                       has_keypoints=has_keypoints)
                     )  # fmt: skip
             return record.LabelledSplit(root, name, tuple(pictures))
@@ -92,21 +96,26 @@ def _yaml_file(root: Path) -> Path | None:
     return None
 
 
-def _names_file(root: Path) -> Path | None:
-    """The list of class names in the folder, or beside the text files."""
-    for name in _NAME_FILES:
-        if (root / name).is_file():
-            return root / name
-    return next((path for path in walk(root) if path.name in _NAME_FILES), None)
+def _names_files(root: Path) -> list[Path]:
+    """The lists of class names; that with which LabelImg starts counts if there is no other."""
+    paths = [path for path in walk(root) if path.name in _NAME_FILES]
+    return [path for path in paths if path.name != _STARTED_WITH] or paths
 
 
 def _class_names(root: Path, path: Path | None, content: dict[str, Any]) -> tuple[str, ...]:
     """Class names in the order of their numbers: a list, or a map from numbers."""
     if path is None:
-        path = _names_file(root)
-        if path is None:
+        paths = _names_files(root)
+        if not paths:
             raise UserError(f"{root}: has no data.yaml with names, nor classes.txt; add one")
-        raw: Any = [line for line in read_text(path).split("\n") if line.strip()]
+        rows = [[x.strip() for x in read_text(one).split("\n") if x.strip()] for one in paths]
+        path, raw = paths[0], rows[0]
+        for other, own in zip(paths, rows, strict=True):
+            if own != raw:  # LabelImg writes one in each folder, in the order of that session
+                raise UserError(
+                    f"{path} and {other} have different class names; keep one if it is right for "
+                    "all text files, else use each folder alone"
+                )
     else:
         raw = content["names"]
     if isinstance(raw, dict):
@@ -116,6 +125,10 @@ def _class_names(root: Path, path: Path | None, content: dict[str, Any]) -> tupl
         raw = [value for _, value in sorted(zip(numbers, raw.values(), strict=True))]
     if not isinstance(raw, list) or not raw:
         raise UserError(f"{path}: names must be a list of class names; write names: [cat, dog]")
+    for one in raw:
+        if one is None or isinstance(one, bool):
+            raise UserError(f"{path}: names holds {one}, as YAML reads yes, no, on, off, null and "
+                            "nothing; put the name in quotes")  # fmt: skip
     names = tuple(record.checked_class_name(str(one), f"{path}: names") for one in raw)
     if len(set(names)) < len(names):
         raise UserError(f"{path}: names holds one twice; give each class its own")
@@ -219,6 +232,34 @@ def _text_file(root: Path, picture: PurePosixPath) -> Path | None:
     if len(folders) and "images" not in folders:  # train/a.jpg, labels beside train or below it
         places += [PurePosixPath(*folders, "labels", name)]
     return next((file for place in places if (file := checks.find_file(root / place))), None)
+
+
+def _leave_out_orphans(files: FolderFiles, used: Sequence[Path], findings: checks.Findings) -> None:
+    """Leave out the files of boxes whose picture was removed, renamed, or is of no kind we read."""
+    known = {_identity(file) for file in used}
+    for path in files.annotations:
+        file = files.root / path
+        if file.is_file() and _identity(file) not in known and _holds_boxes(file):
+            message = (
+                f"{file}: its picture is not there, {path.stem}.jpg, .png or the like in images/ "
+                "for labels/, or beside it; add it"
+            )
+            findings.leave_out(checks.Unusable(checks.PICTURE, message), checks.PICTURE)
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    """The same for all paths of a file, as through links, or where case does not count."""
+    status = file.stat()
+    return status.st_dev, status.st_ino
+
+
+def _holds_boxes(file: Path) -> bool:
+    """Whether every line is a class number and four numbers or more; lists and notes are not."""
+    try:
+        lines = [line for line in read_text(file).split("\n") if line.strip()]
+    except UserError:
+        return False
+    return bool(lines) and all(map(_LINE.fullmatch, lines))
 
 
 # -- a picture -------------------------------------------------------------------------------------
