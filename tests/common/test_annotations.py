@@ -249,7 +249,7 @@ def coco(folder, **changes):
 
 def test_coco_keeps_floats_areas_and_crowds(tmp_path):
     classes, (record,) = read_instances(coco(tmp_path), tmp_path / "train")
-    assert classes == ("cat", "dog")
+    assert [*classes] == ["cat", "dog"]
     assert record.objects == (
         ObjectRecord("dog", (1.25, 2, 4.75, 6), area=9.5),
         ObjectRecord("cat", (0, 0, 9, 9), crowd=True),
@@ -515,6 +515,14 @@ def test_other_names_of_coco_files(coco_root: Path, places: tuple[str, str]) -> 
     assert read_set(coco_root, SetChoice(test_only=True)).test == data.test
     with pytest.raises(UserError, match=r"no such file; lists there: .*; see --train-split, --t"):
         read_set(coco_root, SetChoice(test_split="test"))
+
+
+def test_one_of_cocos_lists_alone_is_split(coco_root: Path) -> None:
+    (coco_root / "annotations/instances_train2017.json").unlink()
+    data = read_set(coco_root)
+    assert (data.num_train, len(data.test.pictures)) == (3, 2), "the five of val2017"
+    with pytest.raises(UserError, match=r"instances_train2017.json: no such file"):
+        read_set(coco_root, SetChoice(usual_train="coco_2017_train"))
 
 
 def test_other_categories_and_another_metric_are_refused(coco_root: Path) -> None:

@@ -224,15 +224,26 @@ def test_nearest_picture_and_doubt(tmp_path: Path) -> None:
 
 def test_a_category_above_others_is_none(tmp_path: Path) -> None:
     LAYOUTS["Roboflow COCO"][1](tmp_path)
-    assert [*read_set(tmp_path).left_out.values()] == [2], "one in each list"
+    assert [*read_set(tmp_path).left_out.values()] == [1]
     path = tmp_path / "train/_annotations.coco.json"
     content = json.loads(path.read_text())
     content["annotations"][0]["category_id"] = 0
-    for other in PARTS:
-        for name in PARTS["train"]:
-            layouts.paint(tmp_path / other / f"{name}.jpg", name)
-        write(tmp_path / other / "_annotations.coco.json", json.dumps(content))
-    assert read_set(tmp_path).classes == ("pets", "cat", "dog"), "used, so it is one"
+    content["categories"][1]["supercategory"] = ["pets"]
+    write(path, json.dumps(content))
+    assert read_set(tmp_path).classes == ("pets", "cat", "dog"), "one list uses it, so it is one"
+
+
+@pytest.mark.parametrize(
+    ("tool", "second"),
+    [("CVAT COCO", "annotations/default.json"), ("Roboflow COCO", "train/part 2.json")],
+)
+def test_two_coco_files_of_one_list_are_refused(tmp_path: Path, tool: str, second: str) -> None:
+    LAYOUTS[tool][1](tmp_path)
+    write(tmp_path / second, json.dumps(layouts.coco(NAMES[:1])))
+    with pytest.raises(
+        UserError, match=r"json and .*json are both of a list '(default|train)'; jo"
+    ):
+        read_set(tmp_path)
 
 
 def test_polygons_other_tasks_and_hidden_files(tmp_path: Path) -> None:

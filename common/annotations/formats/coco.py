@@ -3,8 +3,8 @@
 import hashlib
 import math
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,20 +55,27 @@ class Coco(record.LabelledFormat):
         if choice.metric_year is not None:
             raise UserError(f"{root}: a COCO folder has COCO's metric; leave --metric-year out")
         files, found = _json_files(root), checks.Findings(choice.max_left_out)
-        categories: dict[str, tuple[str, ...]] = {}
+        categories: dict[str, dict[str, bool]] = {}
 
         def load(name: str) -> record.LabelledSplit:
             split, categories[name] = _read_split(root, files, name, choice.exif, found)
             for other, classes in categories.items():
-                if classes != categories[name]:
+                if [*classes] != [*categories[name]]:
                     raise UserError(f"{root}: {name} and {other} have different categories")
             return split
 
+        def stated() -> tuple[str, ...]:
+            names = next(iter(categories.values()))
+            kept = tuple(x for x in names if any(own[x] for own in categories.values()))
+            found.ignored[GROUPS] += len(names) - len(kept)
+            return kept
+
         usual = (_usual(choice.usual_train, "train2017"), _usual(choice.usual_test, "val2017"))
+        is_told = (choice.usual_train or "").startswith("coco_")
         data = assemble(
             root, list(files), load, choice, found,
-            stated=lambda: next(iter(categories.values())),
-            usual=usual if usual[1] in files else None,
+            stated=stated,
+            usual=usual if usual[1] in files and (usual[0] in files or is_told) else None,
             metric_year=None,
         )  # fmt: skip
         return replace(data, train=tuple(map(_without_crowds, data.train)))
@@ -88,20 +95,19 @@ def _usual(name: str | None, default: str) -> str:
     return f"{match[2]}{match[1]}" if match else default
 
 
-def _json_files(root: Path) -> dict[str, Path]:
+def _json_files(root: Path) -> dict[str, list[Path]]:
     """Lists and their files: all in ROOT/annotations, those of annotations in ROOT and below it."""
     own = root / "annotations"
     tables = sorted(path for path in own.glob("*.json") if not path.name.startswith("."))
     if any(path.name.startswith("instances_") for path in tables):  # others are of other tasks
         tables = [path for path in tables if not path.name.startswith(_OTHER_TASKS)]
-    found = {path.stem.removeprefix("instances_"): path for path in tables}
-    for path in sorted(root.glob("*.json")):
-        if _holds_annotations(path):
-            found.setdefault(path.stem.removeprefix("instances_"), path)
+    found: defaultdict[str, list[Path]] = defaultdict(list)
+    for path in (*tables, *filter(_holds_annotations, sorted(root.glob("*.json")))):
+        found[path.stem.removeprefix("instances_")].append(path)
     for path in sorted(root.glob("*/*.json")):
         if path.parent != own and _holds_annotations(path):
-            found.setdefault(path.parent.name, path)
-    return found
+            found[path.parent.name].append(path)
+    return dict(found)
 
 
 def _holds_annotations(path: Path) -> bool:
@@ -120,15 +126,19 @@ def _holds_annotations(path: Path) -> bool:
 
 
 def _read_split(
-    root: Path, files: dict[str, Path], name: str, exif: str, findings: checks.Findings
-) -> tuple[record.LabelledSplit, tuple[str, ...]]:
-    """One list and its class names."""
-    path = files.get(name)
-    if path is None:
+    root: Path, files: Mapping[str, list[Path]], name: str, exif: str, findings: checks.Findings
+) -> tuple[record.LabelledSplit, dict[str, bool]]:
+    """One list and its categories; see `read_instances`."""
+    if name not in files:
         needed, there = root / f"annotations/instances_{name}.json", ", ".join(files) or "none"
         raise UserError(
             f"{needed}: no such file; lists there: {there}; see --train-split, --test-split, "
             "--eval-split"
+        )
+    path, *others = files[name]
+    if others:
+        raise UserError(
+            f"{path} and {others[0]} are both of a list {name!r}; join them, or move one away"
         )
     places = [root / name, root / "images" / name, root / "images", path.parent / "images",
               path.parent, root]  # fmt: skip
@@ -139,7 +149,7 @@ def _read_split(
 
 def read_instances(
     path: Path, *folders: Path, exif: str = "auto", findings: checks.Findings | None = None
-) -> tuple[tuple[str, ...], tuple[record.PictureRecord, ...]]:
+) -> tuple[dict[str, bool], tuple[record.PictureRecord, ...]]:
     """Read and check the boxes of a list; masks are not used, boxes are not rounded.
 
     Args:
@@ -149,7 +159,8 @@ def read_instances(
         findings: Repairs and what is left out are counted here; None: nothing is left out.
 
     Returns:
-        Class names in the order of COCO's numbers, and the pictures in the order of theirs.
+        Class names in the order of COCO's numbers, each with False if it has no objects and groups
+        others, as Roboflow's first category does; and the pictures in the order of their numbers.
 
     Raises:
         UserError: If the file does not hold what it must, with up to ten faults together.
@@ -165,13 +176,10 @@ def read_instances(
         raise UserError(f"{path}: names a category twice; give each once")
     images = sorted(_rows(path, content, "images"), key=lambda row: row["id"])
     annotations = _rows(path, content, "annotations")
-    # Roboflow lists the project first, as a class above the others.
     used = [row.get("category_id") for row in annotations]
-    above = {row.get("supercategory") for row in content["categories"]
-             if row.get("supercategory") != row.get("name")}  # fmt: skip
-    for key in [key for key, label in labels.items() if label in above and key not in used]:
-        findings.ignored[GROUPS] += 1
-        del labels[key]
+    above = [row.get("supercategory") for row in content["categories"]
+             if row.get("supercategory") != row.get("name")]  # fmt: skip
+    is_class = {label: label not in above or key in used for key, label in labels.items()}
 
     # Pictures first: boxes are checked against them.
     pictures: dict[int | str, tuple[Path, checks.Frame]] = {}
@@ -212,7 +220,7 @@ def read_instances(
         findings.ignored[checks.EMPTY] += len(empty)
     if is_strict:
         findings.raise_faults()
-    return tuple(labels.values()), tuple(
+    return is_class, tuple(
         _picture(row, *pictures[row["id"]], objects[row["id"]])
         for row in images
         if row["id"] in pictures
