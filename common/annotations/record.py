@@ -148,8 +148,8 @@ class SetChoice:
         metric_year: 2007 (11-point AP) or 2012 (area).
         train_split: Lists joined by "+", as voc_2007_trainval+voc_2012_trainval.
         test_split: One list.
-        usual_train, usual_test: The same as the config names them; for an official devkit or COCO
-            folder, where neither an option nor a dataset.json says which.
+        usual_train, usual_test: The same as the config names them; for a devkit or COCO folder that
+            has them, where neither an option nor a dataset.json says which.
         test_only: Read no training list; then `classes` are a detector's, and the set must have
             the same ones.
         exif: Of pictures with an EXIF orientation. "auto": boxes are of the picture, upright or as

@@ -13,6 +13,7 @@ from detectron2.data.datasets.pascal_voc import CLASS_NAMES
 from PIL import Image
 
 from common.annotations.checks import Findings
+from common.annotations.formats import voc as voc_format
 from common.annotations.formats.coco import read_instances
 from common.annotations.formats.voc import VOC_CLASSES, official_name, read_list, read_picture
 from common.annotations.record import (
@@ -403,6 +404,18 @@ def test_digest_follows_the_content(voc_root: Path) -> None:
     assert read_set(voc_root).digest() != before
 
 
+@pytest.fixture
+def devkit(tmp_path: Path) -> Path:
+    return make_official(tmp_path / "VOCdevkit")
+
+
+@pytest.fixture
+def small_is_official(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = dict.fromkeys(voc_format.OFFICIAL_COUNTS, 1)
+    monkeypatch.setattr(voc_format, "OFFICIAL_COUNTS", counts)
+
+
+@pytest.mark.usefixtures("small_is_official")
 def test_official_devkit_and_the_0712_protocol(tmp_path: Path) -> None:
     assert tuple(VOC_CLASSES) == CLASS_NAMES
     root = make_official(tmp_path / "VOCdevkit")
@@ -425,6 +438,57 @@ def test_official_devkit_and_the_0712_protocol(tmp_path: Path) -> None:
         read_set(root, SetChoice(test_split="test"))
 
 
+@pytest.mark.parametrize("label", ["helmet", "person"])
+def test_an_own_devkit_is_not_taken_for_pascals(devkit: Path, label: str) -> None:
+    """Also where its folder has that name, and its classes are among the 20."""
+    for file in devkit.glob("*/Annotations/*"):
+        file.write_text(file.read_text().replace("dog", label).replace("<xmax>20", "<xmax>23"))
+    data = read_set(devkit)
+    assert (data.classes, data.metric_year, data.train[0].name) == ((label,), 2012, "trainval")
+    assert data.notes == ("2 boxes that reach further outside their picture: clipped",)
+    chosen = SetChoice(classes=VOC_CLASSES)  # says that it is a part of PASCAL's
+    with pytest.raises(UserError, match=r"lies outside" if label == "person" else "unknown class"):
+        read_set(devkit, chosen)
+
+
+@pytest.mark.parametrize("year", [2007, 2012])
+@pytest.mark.parametrize("is_official", [True, False])
+def test_a_year_without_its_usual_lists(
+    devkit: Path, year: int, is_official: bool, request: pytest.FixtureRequest
+) -> None:
+    """Lists that a config names are needed in PASCAL's own set alone."""
+    if is_official:
+        request.getfixturevalue("small_is_official")
+    shutil.rmtree(devkit / f"VOC{4019 - year}")
+    lists = devkit / f"VOC{year}/ImageSets/Main"
+    shutil.copy(lists / "trainval.txt", lists / "train.txt")
+    (lists / "test.txt").rename(lists / "val.txt")
+    data = read_set(devkit)
+    assert [x.name for x in (*data.train, data.test)] == ["train", "val"]
+    metric = year if is_official else 2012
+    assert (len(data.classes), data.metric_year) == (20 if is_official else 1, metric)
+    named = SetChoice(usual_train="voc_2007_trainval+voc_2012_trainval", usual_test="voc_2007_test")
+    if is_official:
+        with pytest.raises(UserError, match="no such list"):
+            read_set(devkit, named)
+    else:
+        assert read_set(devkit, named).digest() == data.digest()
+
+
+def test_annotations_in_no_list_are_counted(voc_root: Path) -> None:
+    folder = voc_root / "VOC2007"
+    (folder / "ImageSets/Main/disc_train.txt").write_text("000000 1\n")
+    assert read_set(voc_root).notes == ()
+    for name in ("new", "e\u0301"):
+        shutil.copy(folder / "Annotations/000000.xml", folder / f"Annotations/{name}.xml")
+    (folder / "ImageSets/Main/more.txt").write_text("\u00e9\n")
+    note = "1 annotations of pictures in no list: left out"
+    assert read_set(voc_root).notes == (note,)
+    (voc_root / "dataset.json").unlink()
+    assert note in read_set(voc_root).notes
+
+
+@pytest.mark.usefixtures("small_is_official")
 def test_lists_of_one_or_two_years_are_there_once(tmp_path: Path) -> None:
     root = make_official(tmp_path / "VOCdevkit")
     data = read_set(root, SetChoice(all_lists=True))

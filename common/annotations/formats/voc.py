@@ -17,7 +17,7 @@ from typing import Any
 from common.annotations import checks, record
 from common.annotations.lists import assemble
 from common.errors import UserError, unknown
-from common.files import decode_text, read_json, read_regular, read_text
+from common.files import decode_text, read_json, read_regular, read_text, walk
 from common.pictures import PICTURE_SUFFIXES
 
 # The twenty names of the PASCAL VOC challenges 2007 to 2012, in their official order.
@@ -26,6 +26,9 @@ VOC_CLASSES = (
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
     *("train", "tvmonitor"),
 )
+# Pictures of PASCAL's own lists: host.robots.ox.ac.uk/pascal/VOC/voc20{07,12}/dbstats.html
+OFFICIAL_COUNTS = {"VOC2007/trainval": 5_011, "VOC2012/trainval": 11_540, "VOC2007/test": 4_952}
+UNLISTED = "annotations of pictures in no list: left out"
 _OFFICIAL_SPLIT = re.compile(r"voc_(2007|2012)_(\w+)")
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _MAX_XML_BYTES = 4 << 20  # some 8,000 objects
@@ -62,76 +65,87 @@ class Voc(record.LabelledFormat):
     def read(cls, root: Path, choice: record.SetChoice) -> record.LabelledSet:
         """Read and check the chosen lists; see `LabelledFormat.read`.
 
-        Classes: the choice, else dataset.json, else the 20 VOC names, else those that occur. The
-        metric of the 20 VOC names in VOC2007 is the 11-point AP, that of any other set the area.
+        Classes: the choice, else dataset.json, else the 20 VOC names in PASCAL's own set, else
+        those that occur. The metric of PASCAL's own VOC2007 is the 11-point AP, that of any other
+        set the area.
         """
-        description: dict[str, Any] = {}
         path = root / "dataset.json"
-        if path.exists():
-            description = _read_description(path)
-        elif choice.classes is None and _has_official_lists(root):
-            data = _read(root, choice, {}, is_official=True)
-            splits = (*data.train, data.test)
-            named = {x.class_name for y in splits for z in y.pictures for x in z.objects}
-            if named <= set(VOC_CLASSES):
-                return data
+        description: dict[str, Any] = _read_description(path) if path.exists() else {}
+        year = description.get("metric_year") or None
+        if year not in (None, 2007, 2012):
+            raise UserError(f"metric year {year}: give 2007 (11-point AP) or 2012 (area)")
+
+        # PASCAL's own set has its own classes, metric and tolerance.
         classes = choice.classes or tuple(description.get("classes", ()))
-        kind = description.get("kind", "voc")
-        is_official = classes == VOC_CLASSES and kind == "voc"
-        return _read(root, choice, description, is_official=is_official)
+        if not classes and _has_official_list(root):
+            classes = VOC_CLASSES
+        is_official = classes == VOC_CLASSES and description.get("kind", "voc") == "voc"
+        stated = description.get("classes") or (VOC_CLASSES if is_official else None)
+        findings = checks.Findings(choice.max_left_out)
+        own = description.get("splits")
+        spellings = _spellings(root, own if isinstance(own, dict) else {})
+        if not is_official:
+            findings.ignored[UNLISTED] += sum(map(_num_unlisted, _devkit_folders(root)))
 
-
-def _has_official_lists(root: Path) -> bool:
-    folders = [folder for folder in _devkit_folders(root) if folder.name.startswith("VOC20")]
-    return any(record.list_file(folder, "trainval").is_file() for folder in folders)
-
-
-def _read(
-    root: Path, choice: record.SetChoice, description: dict[str, Any], *, is_official: bool
-) -> record.LabelledSet:
-    """As `Voc.read`; PASCAL's own set has its own classes, lists, metric and tolerance."""
-    usual = ("train", "test") if description else None
-    if is_official:
+        # Lists that are not guessed: dataset.json's; else the config's or the challenge's.
         config = (choice.usual_train or "", choice.usual_test or "")
-        official = ("voc_2007_trainval", "voc_2007_test")
-        usual = tuple(
-            a if a.startswith("voc_") else b for a, b in zip(config, official, strict=True)
+        is_told = [one.startswith("voc_") for one in config]
+        train = config[0] if is_told[0] else "voc_2007_trainval"
+        test = config[1] if is_told[1] else "voc_2007_test"
+        if description:
+            train, test = (train, test) if is_official else ("train", "test")
+            train = description.get("train_split") or train
+            test = description.get("test_split") or test
+        has_usual = (
+            bool(description)
+            or {*train.split("+"), test} <= spellings.keys()
+            or (is_official and any(is_told))
         )
-    if usual is not None:
-        usual = (description.get("train_split") or usual[0],
-                 description.get("test_split") or usual[1])  # fmt: skip
-    test_split = choice.test_split or (usual or ("", ""))[1]
-    usual_year = 2007 if is_official and "2012" not in test_split else 2012
-    year = description.get("metric_year") or usual_year
-    if year not in (2007, 2012):
-        raise UserError(f"metric year {year}: give 2007 (11-point AP) or 2012 (area)")
-    stated = description.get("classes") or (VOC_CLASSES if is_official else None)
-    findings = checks.Findings(choice.max_left_out)
-    own = description.get("splits")
-    spellings = _spellings(root, own if isinstance(own, dict) else {})
 
-    def spelt(lists: str) -> str:
-        return "+".join(spellings.get(name, name) for name in lists.split("+"))
+        def spelt(lists: str) -> str:
+            return "+".join(spellings.get(name, name) for name in lists.split("+"))
 
-    choice = replace(
-        choice,
-        train_split=choice.train_split and spelt(choice.train_split),
-        test_split=choice.test_split and spelt(choice.test_split),
-    )
-    usual = usual and (spelt(usual[0]), spelt(usual[1]))
-    return assemble(
-        root,
-        sorted(set(spellings.values())),
-        lambda name: _read_split(
-            *_find_list(root, name), stated, choice.exif, is_official, findings
-        ),
-        choice,
-        findings,
-        stated=lambda: stated,
-        usual=usual,
-        metric_year=year,
-        name=description.get("name") and str(description["name"]),
-    )
+        choice = replace(
+            choice,
+            train_split=choice.train_split and spelt(choice.train_split),
+            test_split=choice.test_split and spelt(choice.test_split),
+        )
+        data = assemble(
+            root,
+            sorted(set(spellings.values())),
+            lambda name: _read_split(
+                *_find_list(root, name), stated, choice.exif, is_official, findings
+            ),
+            choice,
+            findings,
+            stated=lambda: stated,
+            usual=(spelt(train), spelt(test)) if has_usual else None,
+            metric_year=year,
+            name=description.get("name") and str(description["name"]),
+        )
+        is_2007 = is_official and "2012" not in data.test.folder.name
+        return replace(data, metric_year=data.metric_year or (2007 if is_2007 else 2012))
+
+
+def _has_official_list(root: Path) -> bool:
+    """Whether a list has as many pictures as PASCAL's own."""
+    for folder in _devkit_folders(root):
+        for path in record.list_file(folder, "x").parent.glob("*.txt"):
+            count = OFFICIAL_COUNTS.get(f"{folder.name}/{path.stem}")
+            if count is not None and count == len(read_text(path).split()):
+                return True
+    return False
+
+
+def _num_unlisted(folder: Path) -> int:
+    """Number of annotations of pictures that are in no list."""
+    place, listed = folder / "Annotations", set()
+    for name in list_names(folder):
+        with contextlib.suppress(UserError):  # told if the list is used
+            names = read_list(folder, name, class_wise=True)
+            listed |= {checks.composed(str(place / one)) for one in names}
+    files = (file for file in walk(place) if file.suffix.lower() == ".xml")
+    return sum(checks.composed(str(file.with_suffix(""))) not in listed for file in files)
 
 
 def _read_description(path: Path) -> dict[str, Any]:
