@@ -26,6 +26,7 @@ class FolderFiles:
                 self.pictures.append(path)
             elif path.suffix.lower() == suffix:
                 self.annotations.append(path)
+        self._folders = {picture.parent for picture in self.pictures}
         self._by_name: defaultdict[str, list[PurePosixPath]] = defaultdict(list)
         for picture in self.pictures:
             for key in (picture.stem, picture.name):
@@ -35,16 +36,17 @@ class FolderFiles:
         """The pictures that an annotation can belong to; one if it is clear.
 
         Args:
-            annotation: a/b.xml: b.jpg in the same folder, else in the nearest one.
+            annotation: a/b.xml: b.jpg in the same folder, or the nearest if that has no pictures.
             told: File name in the annotation; it decides between pictures, or is all there is.
         """
         told = told.replace("\\", "/").rpartition("/")[2].strip()
-        named = self._by_name.get(composed(annotation.stem), [])
-        named = named or (self._by_name.get(composed(told), []) if told else [])
+        named = [self._by_name.get(composed(name), []) for name in (annotation.stem, told)]
+        if annotation.parent in self._folders:
+            named = [[x for x in own if x.parent == annotation.parent] for own in named]
+        named = named[0] or named[1]
 
-        def likeness(picture: PurePosixPath) -> tuple[bool, int, bool]:
+        def likeness(picture: PurePosixPath) -> tuple[int, bool]:
             return (
-                picture.parent == annotation.parent,
                 num_common(picture.parts[:-1], annotation.parts[:-1]),
                 composed(picture.name) == composed(told),
             )

@@ -222,6 +222,25 @@ def test_nearest_picture_and_doubt(tmp_path: Path) -> None:
         read_set(tmp_path)
 
 
+def test_an_annotation_is_not_of_another_folder_with_pictures(tmp_path: Path) -> None:
+    """Names begin anew on each day; photo 0 of the second one was deleted, that of the first one
+    is not labelled.
+    """
+    for day in ("day 1", "day 2"):
+        for name in NAMES:
+            layouts.paint(tmp_path / day / f"{name}.jpg", name)
+            write(tmp_path / day / f"{name}.xml", layouts.of_xml(name))
+    (tmp_path / "day 1/photo 0.xml").unlink()
+    (tmp_path / "day 2/photo 0.jpg").unlink()
+    with pytest.raises(UserError, match=r"day 2/photo 0.xml: its picture photo 0 is not there"):
+        read_set(tmp_path)
+    layouts.paint(tmp_path / "day 2/renamed.jpg", NAMES[0])
+    write(tmp_path / "day 2/photo 0.xml", layouts.xml(NAMES[0], "renamed.jpg"))
+    data = read_set(tmp_path)
+    assert data.notes == ("1 pictures without an annotation: left out",)
+    assert objects_of(data)["renamed"] == [("cat", BOXES[NAMES[0]])]
+
+
 def test_a_category_above_others_is_none(tmp_path: Path) -> None:
     LAYOUTS["Roboflow COCO"][1](tmp_path)
     assert [*read_set(tmp_path).left_out.values()] == [1]

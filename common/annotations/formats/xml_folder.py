@@ -14,7 +14,8 @@ from common.files import walk
 class XmlFolder(record.LabelledFormat):
     """ROOT/a.jpg and ROOT/a.xml, at any depth, or in folders of their own.
 
-    An annotation belongs to the picture of its name in the same folder, else in the nearest one.
+    An annotation belongs to the picture of its name in the same folder; if that holds no pictures,
+    in the nearest one.
     Folders called train, valid or val, and test, are lists.
     """
 
