@@ -244,7 +244,7 @@ def test_an_annotation_is_not_of_another_folder_with_pictures(tmp_path: Path) ->
 def test_a_category_above_others_is_none(tmp_path: Path) -> None:
     LAYOUTS["Roboflow COCO"][1](tmp_path)
     assert [*read_set(tmp_path).left_out.values()] == [1]
-    path = tmp_path / "train/_annotations.coco.json"
+    path = tmp_path / "valid/_annotations.coco.json"
     content = json.loads(path.read_text())
     content["annotations"][0]["category_id"] = 0
     content["categories"][1]["supercategory"] = ["pets"]
