@@ -237,7 +237,7 @@ def test_an_annotation_is_not_of_another_folder_with_pictures(tmp_path: Path) ->
     layouts.paint(tmp_path / "day 2/renamed.jpg", NAMES[0])
     write(tmp_path / "day 2/photo 0.xml", layouts.xml(NAMES[0], "renamed.jpg"))
     data = read_set(tmp_path)
-    assert data.notes == ("1 pictures without an annotation: left out",)
+    assert data.left_out == {"pictures without an annotation: left out": 1}
     assert objects_of(data)["renamed"] == [("cat", BOXES[NAMES[0]])]
 
 
