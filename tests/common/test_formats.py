@@ -1,6 +1,7 @@
 """Sets as annotation tools write them: recognised, and read to the same boxes; seeded splits."""
 
 import json
+import shutil
 from collections.abc import Collection
 from itertools import product
 from pathlib import Path
@@ -141,6 +142,14 @@ def test_text_files_without_their_picture(yolo: Path, old: str, new: str | None)
         read_set(yolo)
     data = read_set(yolo, SetChoice(max_left_out=1))
     assert data.left_out == {"pictures that are missing or unreadable": 1}
+
+
+def test_a_folder_of_older_labels_is_counted(yolo: Path) -> None:
+    shutil.copytree(yolo / "labels/train", yolo / "labels_old")
+    number = len([*(yolo / "labels_old").iterdir()])
+    assert read_set(yolo).notes == (
+        f"{number} text files in folders of which no picture has one: not used",
+    )
 
 
 def test_lists_of_classes_that_differ(tmp_path: Path) -> None:

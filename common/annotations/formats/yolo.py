@@ -25,6 +25,7 @@ _LISTS = ("train", "val", "valid", "test")
 _LINE = re.compile(r"\s*\d+(\.0*)?(\s+[-+.e\d]+){4,}\s*", re.IGNORECASE)
 SCORES = "boxes with a score: the score is not used"
 KEYPOINTS = "objects with key points: these are not used"
+ELSEWHERE = "text files in folders of which no picture has one: not used"
 NO_FILE = "pictures without a text file: taken as without objects"
 NO_LIST = "lists of data.yaml that are not there: left out"
 MOVED = "paths of another place: found below the folder"
@@ -235,11 +236,18 @@ def _text_file(root: Path, picture: PurePosixPath) -> Path | None:
 
 
 def _leave_out_orphans(files: FolderFiles, used: Sequence[Path], findings: checks.Findings) -> None:
-    """Leave out the files of boxes whose picture was removed, renamed, or is of no kind we read."""
+    """Leave out the files of boxes whose picture was removed, renamed, or is of no kind we read.
+
+    A folder whose files belong to no picture at all, such as one of older labels, is only counted.
+    """
     known = {_identity(file) for file in used}
+    folders = {_identity(file.parent) for file in used}
     for path in files.annotations:
         file = files.root / path
         if file.is_file() and _identity(file) not in known and _holds_boxes(file):
+            if _identity(file.parent) not in folders:
+                findings.ignored[ELSEWHERE] += 1
+                continue
             message = (
                 f"{file}: its picture is not there, {path.stem}.jpg, .png or the like in images/ "
                 "for labels/, or beside it; add it"
