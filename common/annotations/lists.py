@@ -13,6 +13,7 @@ from common.annotations import record
 from common.annotations.checks import NOT_CHOSEN, PICTURE, Findings, Unusable, composed
 from common.config import unknown
 from common.errors import UserError
+from common.files import sha256_of
 from common.pictures import fault_of
 from common.provenance import usable_cores
 
@@ -25,7 +26,9 @@ _ROLES = {
 _MAX_RELATED = 100  # pictures with which one that is moved changes places
 _END = re.compile(r"[\d_.-]*$")  # of train2017
 _COPY = re.compile(r"\.rf\.[^/]*$")  # of Roboflow's augmented copies: photo_jpg.rf.1f0a29.jpg
-COPIES = "augmented copies of a picture (NAME.rf.HASH): all on one side of the split"
+COPIES = "copies of a picture (NAME.rf.HASH, or the same bytes): all on one side of the split"
+SHARED = "pictures in both lists: AP counts pictures trained on"
+OUTSIDE = "pictures in no list's folder: left out"
 
 
 def role_of(*names: str) -> str | None:
@@ -33,19 +36,25 @@ def role_of(*names: str) -> str | None:
     return next((_ROLES[x.lower()] for x in names if x.lower() in _ROLES), None)
 
 
-def by_role(names: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+def by_role(names: Mapping[str, Sequence[str]], findings: Findings) -> dict[str, list[str]]:
     """Group pictures by the first folder of theirs that is called train, valid or the like.
 
     Args:
         names: Picture -> names of the folders that say it.
+        findings: Pictures in no such folder are counted here if they are left out.
 
     Returns:
-        Role -> pictures; all of them under "all" if some lie in no such folder.
+        Role -> pictures. Where some lie in no such folder, these are left out if there are lists
+        for training and for evaluation; else all pictures are under "all".
     """
     found: dict[str, list[str]] = {}
     for picture, folders in names.items():
         found.setdefault(role_of(*folders) or ALL, []).append(picture)
-    return {ALL: list(names)} if ALL in found else found
+    outside = found.pop(ALL, [])
+    if outside and not (TRAIN in found and (VAL in found or TEST in found)):
+        return {ALL: list(names)}
+    findings.ignored[OUTSIDE] += len(outside)
+    return found
 
 
 def assemble(
@@ -57,6 +66,7 @@ def assemble(
     *,
     stated: Callable[[], Sequence[str] | None] = lambda: None,
     usual: tuple[str, str] | None = None,
+    says_roles: bool = False,
     metric_year: int | None = 2012,
     name: str | None = None,
 ) -> record.LabelledSet:
@@ -73,11 +83,13 @@ def assemble(
         findings: Of the reader.
         stated: After reading, the classes that the set itself names; None: those that occur.
         usual: Lists for training, joined by +, and for evaluation that are not guessed.
+        says_roles: Whether a file of the set says what its lists are for.
         metric_year: Of the set, unless the choice says it.
         name: Of the set; None: its folder's.
 
     Raises:
-        UserError: If there is no such list or class, or nothing to train on.
+        UserError: If there is no such list or class, or nothing to train on; or if pictures are in
+            both lists, and neither the choice nor the set names these.
     """
 
     def loaded(one: str) -> record.LabelledSplit:
@@ -107,6 +119,15 @@ def assemble(
             read[one] = loaded(one)
             findings.raise_faults()
     splits = {one: read[one] for one in [*needed, *others]}
+    trained = {picture.file for one in train_names for picture in splits[one].pictures}
+    shared = [x.file for x in splits[test_name].pictures if x.file in trained]
+    if shared and not (says_roles or (choice.train_split and choice.test_split)):
+        raise UserError(
+            f"{root}: {len(shared)} pictures are in both lists, {'+'.join(train_names)} and "
+            f"{test_name}, as {shared[0]}; take them out of one, or choose both with --train-split "
+            "and --test-split"
+        )
+    findings.repairs[SHARED] += len(shared)
     if usual is None and not (choice.test_only or choice.all_lists or choice.train_split):
         for one in lists:
             if one not in needed:
@@ -212,11 +233,9 @@ def _split(
     if choice.test_only and choice.test_split in (None, ALL):
         return everything
     kept = choice.classes if not choice.test_only else None
-    copies: dict[str, list[str]] = {}
-    for key in sorted(pictures):
-        copies.setdefault(_COPY.sub("", key), []).append(key)
-    findings.repairs[COPIES] += sum(len(keys) for keys in copies.values() if len(keys) > 1)
-    groups = {keys[0]: keys for keys in copies.values()}
+    copies = _copies(pictures)
+    findings.repairs[COPIES] += sum(len(keys) for keys in copies if len(keys) > 1)
+    groups = {keys[0]: keys for keys in copies}
     classes_of = {
         first: frozenset().union(*(_classes_of(pictures[key], kept) for key in keys))
         for first, keys in groups.items()
@@ -224,6 +243,25 @@ def _split(
     chosen = seeded_split(classes_of, choice.val_share, choice.split_seed)
     val = {key for first in chosen for key in groups[first]}
     return everything | {TRAIN: part(TRAIN, pictures.keys() - val), VAL: part(VAL, val)}
+
+
+def _copies(pictures: Mapping[str, record.PictureRecord]) -> list[list[str]]:
+    """Names in groups: Roboflow's copies of one picture, and files of the same bytes; sorted."""
+    sizes = {name: picture.file.stat().st_size for name, picture in pictures.items()}
+    count, above = Counter(sizes.values()), dict[str, str]()
+
+    def first_of(mark: str) -> str:  # of those that belong together
+        while (other := above.setdefault(mark, mark)) != mark:
+            above[mark], mark = above[other], other
+        return mark
+
+    for name, picture in pictures.items():
+        if count[sizes[name]] > 1:
+            above[first_of(_COPY.sub("", name))] = first_of(sha256_of(picture.file))
+    groups: dict[str, list[str]] = {}
+    for name in sorted(pictures):
+        groups.setdefault(first_of(_COPY.sub("", name)), []).append(name)
+    return list(groups.values())
 
 
 def _classes_of(picture: record.PictureRecord, kept: Collection[str] | None) -> frozenset[str]:

@@ -326,7 +326,7 @@ def test_a_yolo_export_without_its_parts(tmp_path: Path) -> None:
         "names: [cat, dog]\ntrain: ../train/images\nval: ../valid/images\ntest: ../test/images\n"
     )
     for number in range(5):
-        layouts.paint(tmp_path / f"train/images/{number}.jpg", NAMES[0])
+        layouts.paint(tmp_path / f"train/images/{number}.jpg", NAMES[number])
         write(tmp_path / f"train/labels/{number}.txt", "0 0.5 0.5 0.2 0.2\n")
     write(tmp_path / "data.yaml", lines)
     data = read_set(tmp_path)
@@ -339,21 +339,68 @@ def test_a_yolo_export_without_its_parts(tmp_path: Path) -> None:
 
 
 def test_copies_of_a_picture_are_on_one_side(tmp_path: Path) -> None:
-    """Roboflow's; other names that begin alike are pictures of their own."""
-    for name, number in product(NAMES[:5], range(3)):
-        for folder in ("copies", "plain"):
-            file = f"{name}_jpg.rf.{number}{'ab' * 8}" if folder == "copies" else f"{name} {number}"
-            layouts.paint(tmp_path / folder / f"{file}.jpg", name)
-            write(tmp_path / folder / f"{file}.xml", layouts.of_xml(name))
-    data, plain = (read_set(tmp_path / folder) for folder in ("copies", "plain"))
-    parts = [{x.file.name.partition(".rf.")[0] for x in part.pictures}
-             for part in (data.train[0], data.test)]  # fmt: skip
-    assert parts[0].isdisjoint(parts[1])
-    assert [len(parts[0]), len(parts[1]), data.num_train] == [3, 2, 9]
-    assert data.notes == (
-        "15 augmented copies of a picture (NAME.rf.HASH): all on one side of the split",
-    )
-    assert plain.notes == ()
+    """Roboflow's and files of the same bytes; names that begin alike are no copies."""
+    for name, number, folder in product(NAMES[:5], range(3), ("rf", "same", "plain")):
+        stem = f"{name}_jpg.rf.{number}{'ab' * 8}" if folder == "rf" else f"{name} {number}"
+        picture = tmp_path / folder / f"{stem}.jpg"
+        layouts.paint(picture, name)
+        picture.write_bytes(picture.read_bytes() + bytes(number * (folder != "same")))
+        write(picture.with_suffix(".xml"), layouts.of_xml(name))
+    again = tmp_path / "rf/photo 0 again.jpg"  # belongs to one of three copies, so to all
+    layouts.paint(again, NAMES[0])
+    write(again.with_suffix(".xml"), layouts.of_xml(NAMES[0]))
+    for folder, number in (("rf", 16), ("same", 15)):
+        data = read_set(tmp_path / folder)
+        parts = [{x.file.name[:7] for x in part.pictures} for part in (data.train[0], data.test)]
+        assert parts[0].isdisjoint(parts[1])
+        assert [len(part) for part in parts] == [3, 2]
+        copies = "copies of a picture (NAME.rf.HASH, or the same bytes): all on one side of the"
+        assert data.notes == (f"{number} {copies} split",)
+    assert read_set(tmp_path / "plain").notes == ()
+
+
+@pytest.mark.parametrize(("folder", "test"), [(".", "val"), ("VOC2007", "test")])
+def test_pictures_in_both_lists_are_refused_or_counted(
+    tmp_path: Path, folder: str, test: str
+) -> None:
+    """Counted where the user, or a file of the set, says which lists are which."""
+    layouts.cvat_voc(tmp_path / folder)
+    lists = tmp_path / folder / "ImageSets/Main"
+    (lists / "default.txt").rename(lists / "trainval.txt")
+    write(lists / f"{test}.txt", "photo 4\nphoto 5\n")
+    message = rf"2 pictures are in both lists, trainval and {test}, as .*photo 4.jpg; take"
+    with pytest.raises(UserError, match=message):
+        read_set(tmp_path)
+    with pytest.raises(UserError, match=message):
+        read_set(tmp_path, SetChoice(train_split="trainval"))
+    counted = ("2 pictures in both lists: AP counts pictures trained on",)
+    assert read_set(tmp_path, SetChoice(train_split="trainval", test_split=test)).notes == counted
+    own = {"classes": ["cat", "dog"], "train_split": "trainval", "test_split": test}
+    write(tmp_path / "dataset.json", json.dumps(own))
+    assert read_set(tmp_path).notes == counted
+
+
+def test_a_data_yaml_may_name_a_folder_twice(tmp_path: Path) -> None:
+    LAYOUTS["Label Studio YOLO"][1](tmp_path)
+    write(tmp_path / "data.yaml", "train: images\nval: images\nnames: [cat, dog]\n")
+    assert read_set(tmp_path).notes == ("6 pictures in both lists: AP counts pictures trained on",)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text", "more"),
+    [("xml", layouts.of_xml, {}), ("txt", layouts.line, {"classes.txt": "cat\ndog\n"})],
+)
+def test_a_picture_outside_the_lists_folders_is_counted(tmp_path, suffix, text, more) -> None:
+    make = layouts.parted("{part}/{name}.jpg", f"{{part}}/{{name}}.{suffix}", text)
+    layouts.also(make, more)(tmp_path)
+    layouts.paint(tmp_path / "new/overview.jpg", NAMES[0])
+    write(tmp_path / f"new/overview.{suffix}", text(NAMES[0]))
+    data = read_set(tmp_path)
+    assert {picture.file.stem for picture in data.test.pictures} == set(PARTS["valid"])
+    assert (data.num_train, data.notes) == (4, ("1 pictures in no list's folder: left out",))
+    (tmp_path / "valid").rename(tmp_path / "more")
+    data = read_set(tmp_path)
+    assert data.num_train + len(data.test.pictures) == 7, "no lists for both: all are split"
 
 
 def test_the_share_holds_in_every_class() -> None:

@@ -120,6 +120,7 @@ class Voc(record.LabelledFormat):
             findings,
             stated=lambda: stated,
             usual=(spelt(train), spelt(test)) if has_usual else None,
+            says_roles=bool(description),
             metric_year=year,
             name=description.get("name") and str(description["name"]),
         )

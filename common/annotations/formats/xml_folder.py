@@ -50,7 +50,7 @@ class XmlFolder(record.LabelledFormat):
             findings.ignored[UNLABELLED] += num_without
         names = {x: (*PurePosixPath(x).parts[:-1], *path.parts[:-1])
                  for x, (path, _) in sorted(pairs.items())}  # fmt: skip
-        lists = by_role(names)
+        lists = by_role(names, findings)
 
         def load(name: str) -> record.LabelledSplit:
             if name not in lists:

@@ -78,7 +78,10 @@ class Yolo(record.LabelledFormat):
                     )  # fmt: skip
             return record.LabelledSplit(root, name, tuple(pictures))
 
-        return assemble(root, list(lists), load, choice, findings, stated=lambda: names)
+        return assemble(
+            root, list(lists), load, choice, findings,
+            stated=lambda: names, says_roles=path is not None,
+        )  # fmt: skip
 
 
 # -- the set ---------------------------------------------------------------------------------------
@@ -173,7 +176,7 @@ def _lists(
             found[name] = list(rows)
     if not found:
         names = {str(picture): picture.parts[:-1] for picture in files.pictures}
-        grouped = by_role(names)
+        grouped = by_role(names, findings)
         found = {name: list(map(PurePosixPath, grouped[name])) for name in grouped}
     return found
 

@@ -208,7 +208,7 @@ VOC_SETS: dict[str, Callable[[Path], None]] = {
 def test_voc_as_tools_write_it(tmp_path: Path, name: str) -> None:
     voc = make_devkit(tmp_path)
     VOC_SETS[name](voc)
-    data = read_set(tmp_path, SetChoice(classes=CLASSES, train_split="test"))
+    data = read_set(tmp_path, SetChoice(classes=CLASSES, test_only=True))
     assert ", ".join(data.notes) == NOTES.get(name, "")
     for number, picture in enumerate(data.test.pictures):
         expected = (0, 0, 40 + number, 96) if name == "corners from 0" else STORED[number]
@@ -265,7 +265,7 @@ def test_names_of_pictures(tmp_path: Path, name: str, form: Any) -> None:
     """The listed picture alone, though others have a part of its name."""
     voc = make_devkit(tmp_path, names=("a", "photo", unicodedata.normalize(form, name)))
     (voc / "ImageSets/Main/test.txt").write_text(unicodedata.normalize("NFC", name) + "\n")
-    data = read_set(tmp_path, SetChoice(classes=CLASSES, train_split="test"))
+    data = read_set(tmp_path, SetChoice(classes=CLASSES, test_only=True))
     (listed,) = data.test.pictures
     assert listed.file.is_file()
     assert unicodedata.normalize("NFC", str(listed.file.with_suffix(""))).endswith(f"es/{name}")
@@ -410,12 +410,14 @@ def test_the_option_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture
     root = make_turned_voc(tmp_path / "set", 3, False)
     words = ["random", "--config", str(CONFIGS / "thin_R50_C4.yaml"), "--data", str(root)]
     words += ["--out", str(tmp_path / "out"), "--classes", "cat,dog", "--check", "all", "--json"]
+    words += ["--train-split", "train", "--test-split", "test"]  # the same pictures
     notes = []
     for more in ((), ("--exif", "stored")):
         assert main([*words, *more]) == 0
         notes += json.loads(capsys.readouterr().out)["notes"]
     assert [note.split(":")[1][:30] for note in notes] == [
-        " 8 pictures whose EXIF orienta", " 8 pictures annotated as they "
+        " 8 pictures whose EXIF orienta", " 4 pictures in both lists",
+        " 8 pictures annotated as they ", " 4 pictures in both lists",
     ]  # fmt: skip
 
 

@@ -86,9 +86,9 @@ def test_other_labels_or_options_are_told_and_replaced(source: Path, capsys) -> 
 def test_turned_pictures_are_upright_there(source: Path) -> None:
     """And names are safe and unique, whatever folders and capitals they have."""
     out = source.parent / "out"
-    for folder, name in (("a", "photo 0"), ("b", "PHOTO 0"), ("c", "photo_0")):
-        layouts.paint(source / folder / f"{name}.jpg", "photo 2", orientation=6)
-        layouts.write(source / folder / f"{name}.xml", layouts.xml("photo 2", ""))
+    for i, name in enumerate(("photo 0", "PHOTO 0", "photo_0")):
+        layouts.paint(source / f"{i}/{name}.jpg", NAMES[i], orientation=6)
+        layouts.write(source / f"{i}/{name}.xml", layouts.xml(NAMES[i], ""))
     assert run("import", out, source, "--val-share", 0.3) == 0
     card = card_of(out)
     assert card["repaired"] == {"pictures turned upright, or of a rare format: encoded again": 3}
