@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 from common.annotations.formats import voc
-from common.annotations.record import LabelledSet, PictureRecord, SetChoice, read_set
+from common.annotations.record import (
+    LabelledSet,
+    PictureRecord,
+    SetChoice,
+    read_class_names,
+    read_set,
+)
 from common.errors import UserError, no_such_file, require
 from common.files import walk
 from common.pictures import PICTURE_SUFFIXES, decode, read_file
@@ -61,12 +69,13 @@ class OwnData:
     notes: tuple[str, ...] = ()
 
 
-def survey(images: Path | None, labels: Path) -> OwnData:
+def survey(images: Path | None, labels: Path, options: Mapping[str, Any] | None = None) -> OwnData:
     """Look at the two folders.
 
     Args:
         images: Pictures, labelled or not; None: the labelled ones.
         labels: A labelled set of any format that is read.
+        options: Of `tools/train_voc.sh`; those that say how the set is read are followed.
     Raises:
         UserError: If they are missing, swapped, empty or too small, or the labels are wrong.
     """
@@ -76,8 +85,8 @@ def survey(images: Path | None, labels: Path) -> OwnData:
             fault = f"{folder}: is a file: unpack an archive" if folder.is_file() else fault
             raise UserError(f"{option} {fault}")
     num_pictures = sum(path.suffix.lower() in PICTURE_SUFFIXES for path in walk(labels))
-    max_left_out = num_bad(num_pictures)
-    data = _labelled(images, labels, max_left_out)
+    choice = _choice({"max_left_out": num_bad(num_pictures)} | dict(options or {}))
+    data = _labelled(images, labels, choice)
     train, test = [p for split in data.train for p in split.pictures], data.test.pictures
     notes = [f"labels: {note}" for note in data.notes]
 
@@ -122,7 +131,7 @@ def survey(images: Path | None, labels: Path) -> OwnData:
         num_train=len(train),
         num_test=len(test),
         classes=data.classes,
-        max_left_out=max_left_out,
+        max_left_out=choice.max_left_out,
         short_side=median(short for short, _ in sides),
         aspect=median(long / short for short, long in sides),
         objects=tuple(quantiles(objects * 2, n=10, method="inclusive")),  # two values at least
@@ -131,9 +140,19 @@ def survey(images: Path | None, labels: Path) -> OwnData:
     )
 
 
-def _labelled(images: Path | None, labels: Path, max_left_out: int) -> LabelledSet:
+def _choice(options: Mapping[str, Any]) -> SetChoice:
+    """How a set is read, by options of `tools/train_voc.sh`."""
+    names = ("format", "train_split", "test_split", "exif")
+    given: dict[str, Any] = {x: str(options[x]) for x in names if options.get(x) is not None}
+    if options.get("classes") is not None:
+        given["classes"] = tuple(read_class_names(str(options["classes"])))
+    number = options["max_left_out"]
+    require(isinstance(number, int), f"--max-left-out {number}: give a whole number")
+    return SetChoice(max_left_out=number, **given)
+
+
+def _labelled(images: Path | None, labels: Path, choice: SetChoice) -> LabelledSet:
     """The labelled set; what is wrong with it, and what to try instead."""
-    choice = SetChoice(max_left_out=max_left_out)
     try:
         return read_set(labels, choice)
     except UserError as error:

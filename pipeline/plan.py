@@ -522,14 +522,19 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
 
 def detection_words(config: PipelineConfig) -> list[str]:
     """Options and overrides of `tools/train_voc.sh` that all arms share."""
+    words = flags(joined_options(config))
+    for key, value in config.detection.overrides.items():
+        words += [key, str(value)]  # Detectron2 reads Python's own spelling.
+    return [*words, *config.detection.words]
+
+
+def joined_options(config: PipelineConfig) -> dict[str, Any]:
+    """Options of `tools/train_voc.sh`, lists as it takes them."""
     options = dict(config.detection.options)
     for key, separator in _JOINED_BY.items():
         if isinstance(options.get(key), list):
             options[key] = separator.join(map(str, options[key]))
-    words = flags(options)
-    for key, value in config.detection.overrides.items():
-        words += [key, str(value)]  # Detectron2 reads Python's own spelling.
-    return [*words, *config.detection.words]
+    return options
 
 
 def dataset_folder(config: PipelineConfig, out: Path, seed: int) -> Path:

@@ -140,6 +140,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], None], bool]] = {
                                       first=1), True),
     "Label Studio COCO": ("coco", coco_of("images/{name}.jpg", "result.json", ALL,
                                           folder="images/"), False),
+    "COCO, dataset.json": ("coco", coco_of("{name}.jpg", "dataset.json", ALL), False),
     "COCO of a server": ("coco", coco_of("images/{name}.jpg", "export.json", ALL,
                                          folder="..\\..\\media\\upload\\3\\"), False),
     "Roboflow YOLO": ("yolo", also(parted(*APART, line), {"data.yaml": YAML}), True),

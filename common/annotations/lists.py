@@ -184,7 +184,8 @@ def _roles(root: Path, lists: Collection[str], choice: record.SetChoice) -> tupl
         of_role.setdefault(role_of(one, _END.sub("", one)) or one, one)
     train = of_role.get(TRAIN) or of_role.get("trainval")
     test = of_role.get(TEST) or of_role.get(VAL)
-    is_told = choice.test_split in lists and (choice.test_only or choice.train_split is not None)
+    train_names = (choice.train_split or "").split("+")
+    is_told = choice.test_split in lists and (choice.test_only or set(train_names) <= {*lists})
     if is_told or (test and (train or choice.test_only)):
         return choice.train_split or train or "", choice.test_split or test or ""
     if len(lists) > 1 and not choice.test_only:

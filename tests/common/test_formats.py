@@ -403,6 +403,13 @@ def test_a_picture_outside_the_lists_folders_is_counted(tmp_path, suffix, text, 
     assert data.num_train + len(data.test.pictures) == 7, "no lists for both: all are split"
 
 
+@pytest.mark.parametrize("name", ["train", "val", "valid", "test", "mine"])
+def test_the_split_of_one_list_is_found_again_by_its_names(tmp_path: Path, name: str) -> None:
+    layouts.parted(f"{name}/{{name}}.jpg", f"{name}/{{name}}.xml", layouts.of_xml)(tmp_path)
+    named = SetChoice(train_split="train", test_split="val")
+    assert read_set(tmp_path, named).digest() == read_set(tmp_path).digest()
+
+
 def test_the_share_holds_in_every_class() -> None:
     rows = {f"{i}.jpg": ["abc"[(i % 10) // 4]] + ["d"] * (i % 50 == 0) for i in range(1000)}
     val = seeded_split(rows, 0.2, 0)

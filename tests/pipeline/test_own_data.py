@@ -17,7 +17,7 @@ from pipeline import auto, own_data
 from pipeline.auto import BUDGETS, Costs, Machine, first_sizes, fit, to_yaml
 from pipeline.config import PipelineConfig, load_config
 from pipeline.own_data import OwnData, survey
-from pipeline.plan import build_stages
+from pipeline.plan import build_stages, joined_options
 from pretrain.config import PretrainConfig
 from pretrain.model.backbones.resnet import ResNetBackbone
 from tests import layouts
@@ -146,6 +146,49 @@ def test_what_two_folders_hold(folders):
         shutil.copytree(folders / "images", folders / "parts" / name)
     alone = survey(None, folders / "parts")
     assert (alone.pool_split, alone.num_pool, alone.num_train) == ("train", 46, 6)
+
+
+def two_formats(root: Path) -> None:
+    layouts.LAYOUTS["LabelImg"][1](root)
+    layouts.LAYOUTS["LabelImg YOLO"][1](root)
+
+
+def faulty(root: Path) -> None:
+    layouts.LAYOUTS["LabelImg"][1](root)
+    for name in layouts.NAMES[:4]:
+        layouts.write(root / f"{name}.xml", "<a")
+
+
+LISTS = {"a": layouts.NAMES[:4], "b": layouts.NAMES[4:]}
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        (two_formats, {"format": "yolo", "classes": ["dog"]}, "choose one with {0}format=.."),
+        (layouts.coco_of("{part}/{name}.jpg", "{part}.json", LISTS),
+         {"train_split": ["a"], "test_split": "b"},
+         "say which with {0}train_split=.. and {0}test_split=.."),
+        (faulty, {"max_left_out": 4}, "({0}max_left_out=4 leaves out all 4)"),
+    ],
+)  # fmt: skip
+def test_what_a_set_does_not_say_is_given_as_settings(
+    make, settings, message, folders, monkeypatch
+):
+    monkeypatch.setattr(auto, "_measure", lambda *_: COSTS)
+    place = (folders / "images", folders / "set", folders / "run", "quick")
+    make(folders / "set")
+    with pytest.raises(UserError) as refused:
+        auto.prepare(*place, is_dry=False)
+    assert message.format("detection.options.") in str(refused.value)
+    assert "--max-left-out" not in str(refused.value)
+    given = [f"detection.options.{key}={json.dumps(value)}" for key, value in settings.items()]
+    auto.prepare(*place, given, is_dry=False)
+    config = load_config(folders / "run" / auto.YAML_FILE)
+    assert settings.items() <= config.detection.options.items()
+    data = survey(*place[:2], joined_options(config))
+    assert data.classes == tuple(settings.get("classes", ("cat", "dog")))
+    assert data.num_train + data.num_test == 6 - settings.get("max_left_out", 0)
 
 
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)

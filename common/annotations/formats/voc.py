@@ -17,7 +17,14 @@ from typing import Any
 from common.annotations import checks, record
 from common.annotations.lists import assemble
 from common.errors import UserError, unknown
-from common.files import decode_text, read_json, read_regular, read_text, walk
+from common.files import (
+    decode_text,
+    read_json,
+    read_record_or_none,
+    read_regular,
+    read_text,
+    walk,
+)
 from common.pictures import PICTURE_SUFFIXES
 
 # The twenty names of the PASCAL VOC challenges 2007 to 2012, in their official order.
@@ -58,8 +65,9 @@ class Voc(record.LabelledFormat):
 
     @classmethod
     def recognises(cls, root: Path) -> bool:
-        """Whether there is a dataset.json or a VOC folder."""
-        return (root / "dataset.json").is_file() or bool(_devkit_folders(root))
+        """Whether there is a dataset.json with classes or a VOC folder."""
+        card = read_record_or_none(root / "dataset.json", {"classes": list})
+        return card is not None or bool(_devkit_folders(root))
 
     @classmethod
     def read(cls, root: Path, choice: record.SetChoice) -> record.LabelledSet:
