@@ -16,13 +16,14 @@ from common.annotations.record import (
     LabelledSet,
     PictureRecord,
     SetChoice,
+    only_folder,
     read_class_names,
     read_set,
 )
 from common.errors import UserError, no_such_file, require
 from common.files import walk
-from common.pictures import PICTURE_SUFFIXES, decode, read_file
-from pipeline.datasets.importers import SPLIT_NAMES, open_source
+from common.pictures import PICTURE_SUFFIXES, decode, is_picture_file, read_file
+from pipeline.datasets.importers import open_source, split_folders
 
 LEAST_POOL = 32  # two batches of the smallest size; below, negatives and BN say nothing
 
@@ -92,7 +93,7 @@ def survey(images: Path | None, labels: Path, options: Mapping[str, Any] | None 
 
     # The pool.
     folder = labels if images is None else images
-    pool, split, about = _pool_of(folder, data if folder == labels else None)
+    pool, split, about = _pool_of(folder)
     num_pool = len(open_source(pool, split=split).pictures)
     if images is None:
         notes.append("no --images: pretraining on the labelled pictures, without their labels")
@@ -173,23 +174,26 @@ def _labelled(images: Path | None, labels: Path, choice: SetChoice) -> LabelledS
     raise UserError(f"--labels {fault}")
 
 
-def _pool_of(folder: Path, data: LabelledSet | None) -> tuple[Path, str | None, list[str]]:
-    """The pictures of a folder: itself and a sub-folder or list to choose, and remarks."""
-    if years := voc.year_folders(folder):
+def _pool_of(folder: Path) -> tuple[Path, str | None, list[str]]:
+    """The pictures of a folder: where they are, a sub-folder or list to choose, and remarks."""
+    years = voc.year_folders(folder) or voc.year_folders(folder / "VOCdevkit")
+    if not years and (inner := only_folder(folder)) is not None:
+        return _pool_of(inner)
+    if years:
         if len(years) == 1 and (years[0] / "JPEGImages").is_dir():
             return years[0] / "JPEGImages", None, []
         names = [set(voc.list_names(year)) for year in years]
         usual = [x for x in ("trainval", "train", *sorted(set.union(*names))) if any(
             x in one for one in names)]  # fmt: skip
         require(bool(usual), f"{folder}: a VOC devkit without lists; give its JPEGImages")
-        return folder, usual[0], [f"pool: list {usual[0]} of the devkit"]
-    tops = {path.relative_to(folder).parts[0]: path for path in walk(folder)
-            if path.suffix.lower() in PICTURE_SUFFIXES}  # fmt: skip
-    folders = sorted(name for name, path in tops.items() if path.parent != folder)
-    if len(folders) > 1 and len(folders) == len(tops) and {x.lower() for x in tops} <= SPLIT_NAMES:
-        train = next((x for x in folders if x.lower() in ("train", "training")), folders[0])
-        return folder, train, [f"pool: the folder {train} of {', '.join(folders)}"]
-    return folder, None, []
+        return years[0].parent, usual[0], [f"pool: list {usual[0]} of the devkit"]
+    names = [path.relative_to(folder).as_posix() for path in walk(folder) if is_picture_file(path)]
+    folders, loose = split_folders(names), sum("/" not in name for name in names)
+    if not folders:
+        return folder, None, []
+    train = next((x for x in folders if x.lower() in ("train", "training")), folders[0])
+    notes = [f"pool: the folder {train} of {', '.join(folders)}"]
+    return folder, train, notes + [f"pool: {loose} pictures beside these: left out"] * (loose > 0)
 
 
 def _decode_seconds(pictures: list[PictureRecord]) -> float:

@@ -255,16 +255,21 @@ def read_set(root: Path, choice: SetChoice | None = None) -> LabelledSet:
         raise UserError(no_such_file(root, "give one with a labelled set", "folder"))
     names = FORMATS.names() if choice.format is None else [choice.format]
     matching = [name for name in names if FORMATS[name].recognises(root)]
-    inner = [path for path in root.iterdir() if not path.name.startswith((".", "__MACOSX"))]
-    is_nested = len(inner) == 1 and inner[0].is_dir() and not inner[0].is_symlink()
-    if not matching and is_nested:  # as archives are unpacked
-        return replace(read_set(inner[0], choice), root=root)
+    if not matching and (inner := only_folder(root)) is not None:
+        return replace(read_set(inner, choice), root=root)
     if not matching:
         listed = "; ".join(f"{name}: {FORMATS[name].holds}" for name in names)
         raise UserError(f"{root}: holds no labelled set; give a folder with one ({listed})")
     if len(matching) > 1:
         raise UserError(f"{root}: looks like {' and '.join(matching)}; choose one with --format")
     return FORMATS[matching[0]].read(root, choice)
+
+
+def only_folder(root: Path) -> Path | None:
+    """The folder that is all there is in another, as archives are unpacked; no link."""
+    inner = [path for path in root.iterdir() if not path.name.startswith((".", "__MACOSX"))]
+    is_only = len(inner) == 1 and inner[0].is_dir() and not inner[0].is_symlink()
+    return inner[0] if is_only else None
 
 
 def check_same_classes(root: Path, own: Sequence[str], needed: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -24,7 +24,7 @@ from pipeline.datasets.sets import Card, fetched, make_set, unpacked
 
 # -- the pictures of a folder, for shards ---------------------------------------------------------
 
-SPLIT_NAMES = frozenset({"train", "val", "valid", "validation", "test", "training", "testing"})
+_SPLIT_NAMES = frozenset({"train", "val", "valid", "validation", "test", "training", "testing"})
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,10 @@ def open_source(
     )
 
     # Sub-folders may be splits.
-    tops = sorted({name.split("/")[0] for name in names if "/" in name})
+    splits = split_folders(names)
     require(
-        len(tops) < 2 or not {top.lower() for top in tops} <= SPLIT_NAMES,
-        f"{root}: its folders {', '.join(tops)} look like splits; choose one with --split",
+        not splits,
+        f"{root}: its folders {', '.join(splits)} look like splits; choose one with --split",
     )
     if labels == "folders":
         loose = [name for name in names if "/" not in name]
@@ -110,6 +110,12 @@ def open_source(
         )
     pictures = [(str(root / name), name) for name in names]
     return _labelled("folder", pictures, labels, len(files) - len(names))
+
+
+def split_folders(names: Iterable[str]) -> list[str]:
+    """The first folders of pictures' names if they look like splits, as train and valid do."""
+    tops = sorted({name.split("/")[0] for name in names if "/" in name})
+    return tops if len(tops) > 1 and {top.lower() for top in tops} <= _SPLIT_NAMES else []
 
 
 def _labelled(

@@ -146,6 +146,21 @@ def test_what_two_folders_hold(folders):
         shutil.copytree(folders / "images", folders / "parts" / name)
     alone = survey(None, folders / "parts")
     assert (alone.pool_split, alone.num_pool, alone.num_train) == ("train", 46, 6)
+    shutil.copy(folders / "images/1.jpg", folders / "parts/overview.jpg")
+    loose = survey(None, folders / "parts")
+    assert (loose.pool_split, loose.num_pool, loose.num_train) == ("train", 46, 6)
+    assert "pool: 1 pictures beside these: left out" in loose.notes
+
+
+@pytest.mark.parametrize("place", ["VOCdevkit/VOC2007", "pascal/VOC2007"])
+def test_masks_of_a_devkit_are_no_pictures_of_the_pool(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(own_data, "LEAST_POOL", 1)
+    layouts.cvat_voc(tmp_path / place)
+    layouts.paint(tmp_path / place / "SegmentationClass/photo 0.png", "photo 0")
+    if place.startswith("VOCdevkit"):
+        layouts.write(tmp_path / "README", "beside it")
+    data = survey(None, tmp_path)
+    assert (data.pool, data.num_pool) == (tmp_path / place / "JPEGImages", 6)
 
 
 def two_formats(root: Path) -> None:
