@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     from common.threads import choose_threads
     from detection.predict import Prediction, find_weights, load_detector
     from detection.prediction.sources import OpenedPicture, OtherFile, holds_predictions, open_all
-    from detection.prediction.write import FORMATS, PredictionWriter, prepare
+    from detection.prediction.write import FORMATS, PredictionWriter, prepared
 
     unknown = [name for name in formats if name not in FORMATS]
     require(not unknown, f"--format {', '.join(unknown)}: give some of {', '.join(FORMATS)}")
@@ -85,8 +85,6 @@ def run(arguments: argparse.Namespace) -> None:
     weights = find_weights(arguments.detector)
     detector = load_detector(weights, device=arguments.device)
     print(printable(f"{weights}: {len(detector.classes)} classes on {detector.cfg.MODEL.DEVICE}"))
-    prepare(arguments.out, overwrite=arguments.overwrite)
-    writer = PredictionWriter(arguments.out, formats, detector.classes)
 
     on_cpu = detector.cfg.MODEL.DEVICE == "cpu"
     batch_size = arguments.batch or (1 if on_cpu else detector.batch_size)
@@ -106,7 +104,11 @@ def run(arguments: argparse.Namespace) -> None:
         bar.update(len(batch))
         batch.clear()
 
-    with tqdm(unit=" pictures", disable=None) as bar:
+    with (
+        prepared(arguments.out, overwrite=arguments.overwrite),
+        tqdm(unit=" pictures", disable=None) as bar,
+    ):
+        writer = PredictionWriter(arguments.out, formats, detector.classes)
         for opened in open_all(files, arguments.every, num_threads):
             if isinstance(opened, OtherFile):
                 counts["others"] += 1
@@ -124,12 +126,12 @@ def run(arguments: argparse.Namespace) -> None:
                     predict_batch()
         if batch:
             predict_batch()
-    if not counts["pictures"]:
-        raise UserError(
-            f"{', '.join(arguments.pictures)}: no picture among {len(files)} files; give pictures, "
-            "folders that hold some, or a video"
-        )
-    writer.finish()
+        if not counts["pictures"]:
+            raise UserError(
+                f"{', '.join(arguments.pictures)}: no picture among {len(files)} files; give "
+                "pictures, folders that hold some, or a video"
+            )
+        writer.finish()
 
     seconds = time.perf_counter() - began
     listed = ", ".join(f"{name} {number}" for name, number in classes.most_common())

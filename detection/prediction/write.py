@@ -4,7 +4,8 @@ OUT/predictions.json, OUT/pictures/NAME.jpg
 OUT/{voc,coco,yolo}/..: common/annotations/write.py, with the list `default`
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from common.annotations.record import ObjectRecord, PictureRecord
 from common.annotations.write import WRITERS, upright_copy
 from common.drawing import draw_boxes
 from common.errors import UserError
-from common.files import read_json_or_none, remove, write_bytes, write_json
+from common.files import LOCK, held, read_json_or_none, remove, write_bytes, write_json
 from detection.predict import Prediction
 from detection.prediction.sources import OpenedPicture, name_of
 
@@ -27,7 +28,7 @@ class PredictionWriter:
     """Writes the predictions of one picture after another; `finish` makes the lists."""
 
     def __init__(self, out: Path, formats: Sequence[str], classes: Sequence[str]) -> None:
-        """Prepare the folder, see `prepare`."""
+        """Into a folder that is `prepared`."""
         self.out, self.formats, self.classes = out, formats, classes
         self._taken: set[str] = set()
         self._rows: list[dict[str, Any]] = []
@@ -64,21 +65,28 @@ class PredictionWriter:
         (self.out / _STARTED).unlink()
 
 
-def prepare(out: Path, *, overwrite: bool) -> None:
-    """Make the folder of the results, or empty it of older ones and of those of a killed run.
+@contextmanager
+def prepared(out: Path, *, overwrite: bool) -> Iterator[None]:
+    """Hold the folder of the results: made, or emptied of older ones and of those of a killed run.
 
     Raises:
-        UserError: If something else has their names, or older results may not be replaced.
+        UserError: If something else has their names, older results may not be replaced, or another
+            process is at work there.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; give a folder")
-    there = [name for name in _OWN if (out / name).exists()]
-    is_killed = (out / _STARTED).is_file()
-    if there and not is_killed:
-        if not isinstance(read_json_or_none(out / _RESULT), list):
-            raise UserError(f"--out {out}: has a {there[0]} of another program; choose another")
-        if not overwrite:
-            raise UserError(f"--out {out}: holds predictions; choose another, or give --overwrite")
-    write_bytes(out / _STARTED, b"")
-    for name in there:
-        remove(out, name)
+    out.mkdir(parents=True, exist_ok=True)
+    with held(out / LOCK):
+        there = [name for name in _OWN if (out / name).exists()]
+        is_killed = (out / _STARTED).is_file()
+        if there and not is_killed:
+            if not isinstance(read_json_or_none(out / _RESULT), list):
+                raise UserError(f"--out {out}: has a {there[0]} of another program; choose another")
+            if not overwrite:
+                raise UserError(
+                    f"--out {out}: holds predictions; choose another, or give --overwrite"
+                )
+        write_bytes(out / _STARTED, b"")
+        for name in there:
+            remove(out, name)
+        yield

@@ -30,6 +30,7 @@ from tests.detection.evaluation.reference_metrics import (
     average_precisions,
 )
 from tests.detection.tiny_detection import CLASSES, CONFIGS, make_voc
+from tests.locks import holding
 from tools import train_voc
 from tools.predict import main
 
@@ -258,6 +259,21 @@ def test_results_in_the_folder_are_not_predicted_on(predict, tmp_path, capsys):
     assert "of another program" in capsys.readouterr().err
     (tmp_path / "out/.unfinished").touch()
     assert len(predict(file)) == 1
+
+
+def test_a_second_call_leaves_the_results_of_the_first_alone(
+    predict, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("common.files.HOLD_SECONDS", 0.2)
+    file = save_picture(tmp_path / "a.jpg")
+    (tmp_path / "out/pictures").mkdir(parents=True)
+    (tmp_path / "out/.unfinished").touch()  # as of a killed run
+    with holding(tmp_path / "out/.lock") as other:
+        predict(file, status=2)
+        assert f": process {other.pid} on " in capsys.readouterr().err
+        assert (tmp_path / "out/pictures").is_dir()
+    assert len(predict(file)) == 1
+    assert sorted(os.listdir(tmp_path / "out")) == ["pictures", "predictions.json"]
 
 
 def test_bad_pictures_are_named_counted_and_bounded(predict, tmp_path, capsys):
