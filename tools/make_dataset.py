@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import errors
 from common.annotations.record import FORMATS, SetChoice, read_class_names, read_set
-from common.files import cache_folder
+from common.files import cache_folder, is_below
 from pipeline.datasets.sets import Card, SetOptions, flag
 
 if TYPE_CHECKING:
@@ -274,7 +274,15 @@ def make_voc(arguments: argparse.Namespace) -> bool:
     errors.require(
         not arguments.check, "--check: is for generated sets; an import checks as it goes"
     )
+    _check_sources(arguments.out, arguments.sources)
     return import_voc(arguments.sources, arguments.out, arguments.num_workers, arguments.overwrite)
+
+
+def _check_sources(out: Path, sources: Sequence[Path]) -> None:
+    """Refuse sources that would be removed with the set that `out` holds."""
+    for source in sources:
+        wrong = f"{source}: lies in {out}, which is replaced as a whole; give another OUT"
+        errors.require(not is_below(source, out), wrong)
 
 
 def make_import(arguments: argparse.Namespace) -> bool:
@@ -282,8 +290,9 @@ def make_import(arguments: argparse.Namespace) -> bool:
     from pipeline.datasets.labelled import describe, import_labelled, read_source, write_sheet
 
     source = arguments.source
-    errors.require(not arguments.out.is_relative_to(source.resolve()), f"{arguments.out}: lies in "
-            f"{source}; give another folder")  # fmt: skip
+    _check_sources(arguments.out, [source])
+    errors.require(not is_below(arguments.out, source), f"{arguments.out}: lies in {source}; give "
+            "another folder")  # fmt: skip
     choice = SetChoice(
         arguments.format,
         classes=tuple(read_class_names(arguments.classes)) if arguments.classes else None,

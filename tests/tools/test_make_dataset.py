@@ -15,6 +15,7 @@ import pytest
 from common.annotations.record import read_set
 from pipeline.datasets import scene, sets
 from pipeline.datasets.shapes import CLASSES
+from tests.layouts import LAYOUTS
 from tests.pipeline.datasets.package_fixture import COUNTS, SIZES, run, tree
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +81,20 @@ def test_a_folder_with_other_things_is_never_touched(tmp_path: Path, capsys, ext
     assert run("procedural", tmp_path, *SIZES, *extra) == 2
     assert "missing, damaged or not of this tool; give another" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("place", ["out/VOC2007", "link"])
+@pytest.mark.parametrize("kind", ["import", "voc"])
+def test_a_source_within_the_set_is_not_removed_with_it(tmp_path, capsys, kind, place):
+    out = tmp_path / "out"
+    LAYOUTS["LabelImg"][1](tmp_path / "source")
+    assert run("import", out, tmp_path / "source", "--num-workers", 1) == 0
+    (tmp_path / "link").symlink_to(out / "VOC2007")
+    before = tree(out)
+    sources = [tmp_path / "source"] * (kind == "voc")
+    assert run(kind, out, *sources, tmp_path / place, "--overwrite") == 2
+    assert f"{place}: lies in {out}, which is replaced as a whole" in capsys.readouterr().err
+    assert tree(out) == before
 
 
 @pytest.mark.parametrize(
