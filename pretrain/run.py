@@ -21,7 +21,7 @@ from pretrain.engine import checkpoint, run_folder
 from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.contrastive_task import ContrastiveTask
 from pretrain.engine.guards import CollapseAlarm, HangTimer, StopOnSignal
-from pretrain.engine.optim import make_optimizer, peak_lr
+from pretrain.engine.optim import make_optimizer, peak_lr, state_bytes
 from pretrain.engine.run_folder import ProgressLog, RunFolder, check_wandb, open_log
 from pretrain.engine.trainer import Callback, Trainer
 from pretrain.evaluation.pictures import RunPictures
@@ -66,7 +66,7 @@ def make_trainer(
     # What goes on beside the steps. The first process alone looks at the probe's sets.
     backbone, is_main = model.online.backbone, dist.rank() == 0
     log = ProgressLog("pretrain", partial(open_log, config, folder))
-    checkpoints = Checkpoints(folder, engine, list(model.online.parameters()))
+    checkpoints = Checkpoints(folder, engine, optimizer)
     online_probe = OnlineProbe.open(config.eval, input_pipeline.samples, backbone, device)
     probe = Probe.open(config.eval, config.data, device)
     # A step's row comes before its checkpoint: a killed run writes again only what comes after it.
@@ -199,8 +199,8 @@ def check(config: PretrainConfig, *, has_data: bool) -> dict[str, Any]:
     # so that other programs beside this one do not count.
     num_threads = engine.num_threads or torch.get_num_threads()
     torch.set_num_threads(1)
-    uncompiled = dataclasses.replace(engine, compile=False)
-    model, _ = make_model(dataclasses.replace(config, engine=uncompiled), device, num_samples)
+    plain = dataclasses.replace(config, engine=dataclasses.replace(engine, compile=False))
+    model, optimizer = make_model(plain, device, num_samples)
     dtype = dist.autocast_type(engine.precision, device)
     images = torch.randn(_NUM_TIMED, 3, data.image_size, data.image_size, device=device)
     started = 0.0
@@ -218,8 +218,8 @@ def check(config: PretrainConfig, *, has_data: bool) -> dict[str, Any]:
     small = data.augmentation.small_crops
     num_passes = 2 + small.num * (small.image_size / data.image_size) ** 2
 
-    # A checkpoint holds the model, its EMA, the momentum, and the queues.
-    num_bytes = checkpoint.num_bytes([model.state_dict(), list(model.online.parameters())])
+    # A checkpoint holds the model, its EMA, the queues, and the momenta.
+    num_bytes = checkpoint.num_bytes(model.state_dict()) + state_bytes(optimizer)
     return {
         "arch": {k: v for k, v in dataclasses.asdict(config.arch).items() if k != "name"},
         "pixel_mean": [255 * value for value in data.pixel_mean],

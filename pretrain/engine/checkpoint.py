@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from common.files import sync, write_atomically
 from pretrain import collectives as dist
 from pretrain.config import EngineConfig
 from pretrain.data.input_pipeline import BAD_SAMPLES, DeviceBatch
+from pretrain.engine.optim import state_bytes
 from pretrain.engine.trainer import Callback, StepResult
 
 NAME = "checkpoint.pth"
@@ -141,13 +141,13 @@ class Checkpoints(Callback):
     Args:
         folder: The run's folder.
         config: ``keep_checkpoints`` and ``keep_every_steps``.
-        parameters: What must be finite in a checkpoint.
+        optimizer: Its weights must be finite in a checkpoint. None: nothing is looked at.
     """
 
     def __init__(
-        self, folder: Path, config: EngineConfig, parameters: Sequence[torch.Tensor] = ()
+        self, folder: Path, config: EngineConfig, optimizer: torch.optim.Optimizer | None = None
     ) -> None:
-        self._path, self._config, self._parameters = folder / NAME, config, parameters
+        self._path, self._config, self._optimizer = folder / NAME, config, optimizer
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -157,7 +157,9 @@ class Checkpoints(Callback):
         Raises:
             UserError: Naming what is needed and what is free.
         """
-        size = num_bytes(self.trainer.state_dict())
+        size, optimizer = num_bytes(self.trainer.state_dict()), self._optimizer
+        if optimizer is not None and not optimizer.state:  # it comes with the first step
+            size += state_bytes(optimizer)
         files = [file.stat() for file in self._path.parent.glob("**/*.pth")]
         there = sum({file.st_ino: file.st_size for file in files}.values())  # links count once
         # Those that are kept, and the one being written.
@@ -198,7 +200,8 @@ class Checkpoints(Callback):
         if dist.rank() != 0:
             return
         state, step = self.trainer.state_dict(), self.trainer.position.step
-        if not all(bool(torch.isfinite(p).all()) for p in self._parameters):
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        if not all(bool(w.isfinite().all()) for group in groups for w in group["params"]):
             raise NonFiniteLossError(f"weights are no longer finite at step {step}")
         self.wait()
         self._thread = threading.Thread(target=self._write, args=(copied(state), step))

@@ -143,6 +143,12 @@ def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(state | {"param_groups": groups})
 
 
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the momenta that an optimiser of `make_optimizer` keeps from its first step on."""
+    per_weight = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
+    return per_weight * sum(w.nbytes for group in optimizer.param_groups for w in group["params"])
+
+
 def set_lr(optimizer: torch.optim.Optimizer, peak: float, factor: float) -> float:
     """Give every group its rate; the scheduled one is returned."""
     for group in optimizer.param_groups:

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, plain, a copy of the state at the call, one to fall back on."""
 
+import contextlib
 import errno
 import os
 import pickle
@@ -232,6 +233,23 @@ def test_space_is_checked_before_the_first_step(tmp_path, monkeypatch):
     message = r"checkpoints need 0 MB .*lower engine\.keep_checkpoints"
     with pytest.raises(UserError, match=message), writer:
         pass
+
+
+def test_momenta_that_come_with_the_first_step_take_space(tmp_path, monkeypatch):
+    weight = torch.zeros(1000, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight])
+    writer = Checkpoints(tmp_path, EngineConfig(keep_checkpoints=1), optimizer)
+    writer.trainer = Mock(state_dict=lambda: {"w": weight, "optimizer": optimizer.state_dict()})
+    usage = shutil.disk_usage(tmp_path)
+    for free, fits in ((2 * 12_000 - 1, False), (2 * 12_000 + 100, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="need"), writer:
+            pass
+        if fits:  # also once they are there, which are not counted twice
+            weight.sum().backward()
+            optimizer.step()
+            with writer:
+                pass
 
 
 def test_a_damaged_checkpoint_falls_back_on_the_one_before(tmp_path):

@@ -16,6 +16,7 @@ from pretrain.engine.optim import (
     parameter_groups,
     peak_lr,
     set_lr,
+    state_bytes,
 )
 from tests.pretrain.engine.sync_counter import counted_syncs
 
@@ -278,3 +279,14 @@ def test_rate_equals_the_closed_form(epochs, warmup, steps_per_epoch):
             expected = 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
         assert lr_factor(settings, step, num_steps) == pytest.approx(expected, abs=1e-4), step
         assert lr_factor(settings, step, num_steps) > 0
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_bytes_of_the_momenta_are_known_before_the_first_step(name):
+    net = network()
+    optimizer = make_optimizer(net, config(name=name), lr=0.1)
+    expected = state_bytes(optimizer)
+    set_gradients(net, 0)
+    optimizer.step()
+    kept = [value for own in optimizer.state.values() for value in own.values()]
+    assert expected == sum(value.nbytes for value in kept if value.ndim)
