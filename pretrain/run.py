@@ -197,20 +197,22 @@ def check(config: PretrainConfig, *, has_data: bool) -> dict[str, Any]:
 
     # The model as it is trained, and one batch through its backbone. Processor time of one thread,
     # so that other programs beside this one do not count.
-    num_threads = engine.num_threads or torch.get_num_threads()
-    torch.set_num_threads(1)
     plain = dataclasses.replace(config, engine=dataclasses.replace(engine, compile=False))
     model, optimizer = make_model(plain, device, num_samples)
     dtype = dist.autocast_type(engine.precision, device)
     images = torch.randn(_NUM_TIMED, 3, data.image_size, data.image_size, device=device)
-    started = 0.0
+    started, before = 0.0, torch.get_num_threads()
+    torch.set_num_threads(1)
     for _ in range(2):  # the first warms up
         started = time.process_time()
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             loss = model.online.backbone(images).float().square().mean()
         loss.backward()
         loss.item()
-    seconds = (time.process_time() - started) / (num_threads if device.type == "cpu" else 1)
+    seconds = time.process_time() - started
+    torch.set_num_threads(before)  # for the checks that follow in this process
+    if device.type == "cpu":
+        seconds /= engine.num_threads or before
     if has_data:
         OnlineProbe.open(config.eval, samples, model.online.backbone, device)
 

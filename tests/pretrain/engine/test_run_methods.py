@@ -7,7 +7,7 @@ import torch
 
 from pretrain.config import load_config
 from pretrain.engine import checkpoint
-from pretrain.run import check
+from pretrain.run import check, make_model
 from tests.pretrain.engine.run_helpers import (
     SMALL,
     assert_same_state,
@@ -128,6 +128,25 @@ def test_check_counts_the_area_of_small_crops(config_file, monkeypatch):
         config = load_config(config_file, options)
         seconds.append(check(config, has_data=False)["seconds_per_sample"])
     assert [s / seconds[0] for s in seconds] == pytest.approx([1, 1 + 3 * 9, 1 + 3 / 4])
+
+
+def test_checks_after_each_other_say_the_same_and_count_the_momenta(config_file, monkeypatch):
+    monkeypatch.setattr("pretrain.run.time.process_time", itertools.count().__next__)
+    torch.set_num_threads(2)
+    facts = [
+        check(
+            load_config(config_file, ["engine.num_threads=0", f"optim.name={name}"]), has_data=False
+        )
+        for name in ("lars", "sgd", "adamw")
+    ]
+    assert len({one["seconds_per_sample"] for one in facts}) == 1
+    assert torch.get_num_threads() == 2
+    once, again, twice = (one["disk_bytes"] for one in facts)
+    assert once == again
+    config = load_config(config_file)
+    weights = make_model(config, torch.device("cpu"))[0].online.parameters()
+    num_checkpoints = 2 + config.engine.keep_checkpoints
+    assert twice - once == num_checkpoints * sum(weight.nbytes for weight in weights)
 
 
 def test_figures_of_the_queue_stand_in_the_rows(make_run):
