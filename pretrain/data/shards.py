@@ -37,7 +37,8 @@ class Samples:
         num_samples: How many there are.
         classes: Class names, or None.
         samples: Table with one row per sample (SAMPLE_DTYPE), indexed by numbers or slices.
-        skipped: What was left out when the sets were made: [{"file", "reason"}].
+        left_out: Files of the tars of other tools that are no samples: [{"file", "reason"}]; what
+            was packed here was bounded.
         sources: Sizes and weights for the order of an epoch.
         is_remote: True if shards pass through the cache.
         fingerprint: Hash of what the samples are, wherever they lie.
@@ -46,7 +47,7 @@ class Samples:
     num_samples: int
     classes: list[str] | None
     samples: Any
-    skipped: list[dict[str, Any]]
+    left_out: list[dict[str, Any]]
     sources: list[SourceSizes]
     is_remote: bool
     fingerprint: str
@@ -59,11 +60,6 @@ class Samples:
         Raises:
             IndexError: If there is no such sample.
         """
-        raise NotImplementedError
-
-    @property
-    def left_out(self) -> list[dict[str, Any]]:
-        """Those of `skipped` that lie in tars of other tools; what was packed here was bounded."""
         raise NotImplementedError
 
     @property
@@ -112,10 +108,6 @@ class Samples:
         ((index, _, own),) = self.places(np.array([i]))
         return index.describe(int(own[0]))
 
-    def close(self) -> None:
-        """Close the open shards; they open again when needed."""
-        raise NotImplementedError
-
 
 class ShardIndex(Samples):
     """The samples of a shard set.
@@ -127,6 +119,8 @@ class ShardIndex(Samples):
         shard_sizes: Number of samples of each shard.
         shard_bytes: Bytes of each shard's tar.
         options: What the set was made with; {"external": True} if another tool made it.
+        skipped: What was left out when the set was made, and with "kept" what is missing of its
+            samples: [{"file", "reason"}].
         samples: Memory-mapped.
     """
 
@@ -136,12 +130,14 @@ class ShardIndex(Samples):
         self.name, self.folder = source.name, source.folder
         self.num_samples = index["num_samples"]
         self.classes = index["classes"]
-        self.skipped = index["skipped"]
+        self.skipped: list[dict[str, Any]] = index["skipped"]
         self.shard_names: list[str] = [shard["name"] for shard in index["shards"]]
         self.shard_sizes: list[int] = [shard["num_samples"] for shard in index["shards"]]
         self.shard_bytes: list[int] = [shard["bytes"] for shard in index["shards"]]
         self.sources = [SourceSizes(self.shard_sizes)]
         self.options: dict[str, Any] = index["options"]
+        is_external = bool(self.options.get("external"))
+        self.left_out = [one for one in self.skipped if is_external and "kept" not in one]
         self.samples: np.ndarray = np.load(source.index_folder / index["samples"], mmap_mode="r")
         self.is_remote = source.tars.cache is not None
         hashes = [index["samples_sha256"], *(shard["sha256"] for shard in index["shards"])]
@@ -166,12 +162,6 @@ class ShardIndex(Samples):
                 server cannot be read.
         """
         return cls(open_source(path, cache or CacheOptions()))
-
-    @property
-    def left_out(self) -> list[dict[str, Any]]:
-        """See `Samples`."""
-        is_external = bool(self.options.get("external"))
-        return [item for item in self.skipped if is_external and "kept" not in item]
 
     def read_many(self, sample_ids: Sequence[int] | np.ndarray) -> list[memoryview]:
         """See `Samples`."""
@@ -223,7 +213,7 @@ class ShardIndex(Samples):
         return f"sample {i}{key} in {self._tars.name(int(row['shard']))} at byte {row['offset']}"
 
     def close(self) -> None:
-        """See `Samples`."""
+        """Close the open shards; they open again when needed."""
         if self._files_owner == os.getpid():
             while self._files:
                 os.close(self._files.popitem()[1])
@@ -303,25 +293,16 @@ class Subset(Samples):
         self.parent = parent
         self.sample_ids = np.unique(np.asarray(sample_ids, np.int64))
         assert len(self.sample_ids) == len(sample_ids), "a sample is chosen twice"
-        self.name, self.classes, self.skipped = parent.name, parent.classes, parent.skipped
+        self.name, self.classes, self.left_out = parent.name, parent.classes, parent.left_out
         self.num_samples, self.is_remote = len(self.sample_ids), parent.is_remote
         self.samples = parent.samples[self.sample_ids]
         counts = np.bincount(self.samples["shard"]).tolist()
         self.sources = [SourceSizes([count for count in counts if count])]
         self.fingerprint = stable_hash(parent.fingerprint, self.sample_ids.tobytes().hex()).hex()
 
-    @property
-    def left_out(self) -> list[dict[str, Any]]:
-        """See `Samples`."""
-        return self.parent.left_out
-
     def places(self, sample_ids: np.ndarray) -> list[tuple[ShardIndex, np.ndarray, np.ndarray]]:
         """See `Samples`."""
         return [(self.parent, np.arange(len(sample_ids)), self.sample_ids[sample_ids])]
-
-    def close(self) -> None:
-        """See `Samples`."""
-        self.parent.close()
 
 
 class Mixture(Samples):
@@ -340,7 +321,7 @@ class Mixture(Samples):
         sizes = [one.num_samples for one in sets]
         self._first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self.num_samples = int(self._first[-1])
-        self.skipped = [item for one in sets for item in one.skipped]
+        self.left_out = [item for one in sets for item in one.left_out]
         pairs = list(zip(sets, weights, strict=True))
         self.sources = [SourceSizes(one.shard_sizes, weight) for one, weight in pairs]
         self.has_common_classes = all(one.classes == sets[0].classes for one in sets)
@@ -349,11 +330,6 @@ class Mixture(Samples):
         parts = [f"{one.fingerprint} {float(weight)!r}" for one, weight in pairs]
         self.fingerprint = stable_hash(*parts).hex()
         self.samples = _MixedTable(self)
-
-    @property
-    def left_out(self) -> list[dict[str, Any]]:
-        """See `Samples`."""
-        return [item for one in self.sets for item in one.left_out]
 
     def places(self, sample_ids: np.ndarray) -> list[tuple[ShardIndex, np.ndarray, np.ndarray]]:
         """See `Samples`."""
@@ -366,11 +342,6 @@ class Mixture(Samples):
             rows = np.flatnonzero(which == number)
             places.append((self.sets[number], rows, sample_ids[rows] - self._first[number]))
         return places
-
-    def close(self) -> None:
-        """See `Samples`."""
-        for one in self.sets:
-            one.close()
 
 
 class _MixedTable:

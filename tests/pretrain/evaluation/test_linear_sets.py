@@ -154,7 +154,6 @@ def test_a_subset_reads_the_samples_it_is_made_of(shards):
     assert subset.read_many(np.array([3, 0])) == [index.read_bytes(31), index.read_bytes(2)]
     assert subset.describe(3) == index.describe(31)
     assert subset.fingerprint != Subset(index, np.array([2, 5, 18, 30])).fingerprint
-    subset.close()
 
 
 def test_a_loader_gives_each_sample_of_a_subset_the_crops_it_has_in_the_whole_set(shards):
