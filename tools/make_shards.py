@@ -5,7 +5,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 from common import errors
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
         info = gather_info(index)
         print(errors.printable(format_info(info)))
         if options.json is not None:
-            write_json(options.json, asdict(info))
+            write_json(options.json, info)
     return status
 
 

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,51 +66,14 @@ def verify_shards(folder: Path, *, num_workers: int = 2) -> list[str]:
         return problems + [problem for problem in bar if problem is not None]
 
 
-@dataclass(frozen=True)
-class ShardInfo:
-    """What a shard set holds; three numbers are the least, the median and the largest.
-
-    Attributes:
-        name: What the set was called.
-        num_samples: Samples of all shards.
-        num_shards: Shards.
-        num_bytes: Bytes of all tars.
-        samples_per_shard: Over the shards, three numbers.
-        picture_bytes: Of all pictures as stored, three numbers.
-        num_looked_at: Pictures whose headers were read, drawn by a seed from some shards.
-        num_unreadable: Those of them that are no pictures.
-        widths: Pixels, of the others, three numbers; empty if there are none.
-        heights: The same.
-        class_counts: Samples of each class by its name, or number where no names are known.
-        num_unlabelled: Samples without a label.
-        num_left_out: Files that are no samples, or pictures that could not be packed.
-        skipped: Which they are: [{"file", "reason"}]; with "kept" what is missing from samples.
-        options: What it was made with.
-    """
-
-    name: str
-    num_samples: int
-    num_shards: int
-    num_bytes: int
-    samples_per_shard: list[float]
-    picture_bytes: list[float]
-    num_looked_at: int
-    num_unreadable: int
-    widths: list[float]
-    heights: list[float]
-    class_counts: dict[str, int]
-    num_unlabelled: int
-    num_left_out: int
-    skipped: list[dict[str, Any]]
-    options: dict[str, Any]
-
-
-def gather_info(index: ShardIndex, *, seed: int = 0) -> ShardInfo:
+def gather_info(index: ShardIndex, *, seed: int = 0) -> dict[str, Any]:
     """Describe a shard set from its index, and from the headers of some pictures.
 
     Args:
         index: The set.
         seed: Of the choice of pictures: MAX_LOOKED_AT at most, from MAX_SHARDS_LOOKED_AT shards.
+    Returns:
+        A value for each fact. Three numbers are the least, the median and the largest.
     Raises:
         UserError: If the set is empty, or a shard cannot be read.
     """
@@ -132,30 +94,33 @@ def gather_info(index: ShardIndex, *, seed: int = 0) -> ShardInfo:
     names = {**{label: str(label) for label in count_of}, **dict(enumerate(index.classes or []))}
     if len(set(names.values())) < len(names):
         names = {label: f"{name} ({label})" for label, name in names.items()}
-    return ShardInfo(
-        name=index.name,
-        num_samples=index.num_samples,
-        num_shards=len(index.shard_names),
-        num_bytes=sum(index.shard_bytes),
-        samples_per_shard=_spread(index.shard_sizes),
-        picture_bytes=_spread(index.samples["size"]),
-        num_looked_at=len(chosen),
-        num_unreadable=len(chosen) - len(headers),
-        widths=_spread([header.width for header in headers]),
-        heights=_spread([header.height for header in headers]),
-        class_counts={names[label]: count_of.get(label, 0) for label in sorted(names)},
-        num_unlabelled=num_unlabelled,
-        num_left_out=sum("kept" not in item for item in index.skipped),
-        skipped=index.skipped,
-        options=index.options,
-    )
+    return {
+        "name": index.name,
+        "num_samples": index.num_samples,
+        "num_shards": len(index.shard_names),
+        "num_bytes": sum(index.shard_bytes),
+        "samples_per_shard": _spread(index.shard_sizes),
+        "picture_bytes": _spread(index.samples["size"]),  # as stored
+        "num_looked_at": len(chosen),  # headers that were read
+        "num_unreadable": len(chosen) - len(headers),  # of these
+        # Pixels, of the others; empty if there are none.
+        "widths": _spread([header.width for header in headers]),
+        "heights": _spread([header.height for header in headers]),
+        "class_counts": {names[label]: count_of.get(label, 0) for label in sorted(names)},
+        "num_unlabelled": num_unlabelled,
+        # Files that are no samples, or pictures that could not be packed; "skipped" names them,
+        # and with "kept" what is missing from samples.
+        "num_left_out": sum("kept" not in item for item in index.skipped),
+        "skipped": index.skipped,
+        "options": index.options,
+    }
 
 
 def _spread(values: Sequence[float] | np.ndarray) -> list[float]:
     return np.quantile(values, (0, 0.5, 1)).tolist() if len(values) else []
 
 
-def format_info(info: ShardInfo) -> str:
+def format_info(info: dict[str, Any]) -> str:
     """The description as text for a terminal, a line for each fact; long lists are cut."""
 
     def named(item: Any) -> str:
@@ -172,5 +137,5 @@ def format_info(info: ShardInfo) -> str:
         rest = [f"and {len(value) - MAX_NAMED} more"] if len(value) > MAX_NAMED else []
         return ", ".join([*map(named, value[:MAX_NAMED]), *rest]) or "none"
 
-    facts = vars(info) | {"class_counts": dict(Counter(info.class_counts).most_common())}
+    facts = info | {"class_counts": dict(Counter(info["class_counts"]).most_common())}
     return "\n".join(f"{name.replace('_', ' ')}: {text(value)}" for name, value in facts.items())

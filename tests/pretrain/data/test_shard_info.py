@@ -86,9 +86,9 @@ def test_some_shards_are_looked_at_by_a_seed(picture_folder: Path, tmp_path: Pat
     write_shards(pictures, tmp_path, options=ShardOptions(max_samples_per_shard=2))
     index = ShardIndex.open(tmp_path)
     first, again, other = (gather_info(index, seed=seed) for seed in (0, 0, 1))
-    assert first.num_looked_at == 2 * MAX_SHARDS_LOOKED_AT
+    assert first["num_looked_at"] == 2 * MAX_SHARDS_LOOKED_AT
     assert first == again
-    assert (first.widths, first.heights) != (other.widths, other.heights)
+    assert (first["widths"], first["heights"]) != (other["widths"], other["heights"])
 
 
 def test_a_damaged_shard_is_an_error(shard_folder: Path, index: ShardIndex) -> None:

@@ -209,7 +209,7 @@ def test_same_samples_everywhere(name: str, tmp_path: Path) -> None:
     index = indexed(path)
     assert (index.num_samples, len(index.left_out)) == (num, num_left)
     info = gather_info(index)
-    assert (info.num_samples, info.num_left_out) == (num, num_left)
+    assert (info["num_samples"], info["num_left_out"]) == (num, num_left)
     assert format_info(info).count("a.tar/") == min(30, len(index.skipped))
     assert streamed(str(path)) == (contents(index), num_left)
     found, left = streamed(f"pipe:cat {path}")
