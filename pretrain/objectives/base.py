@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from jaxtyping import Float, Int
 
 from common.config import Registry
 from common.errors import require, within_0_and_1
 from common.lazy import Tensor, nn, torch
-
-if TYPE_CHECKING:
-    from pretrain.features.augmentations.base import RowRandom
+from pretrain.features.augmentations.base import RowRandom
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,6 @@ class DeepClusterV2(Objective):
         Raises:
             UserError: If there are fewer samples than clusters.
         """
-        from torch import nn
-
         require(
             num_samples is None or num_samples >= self.num_prototypes,
             f"objective.num_prototypes={self.num_prototypes}: there are only {num_samples} "

@@ -37,8 +37,6 @@ class MoCo(EmaObjective):
 
     def make_state(self, dim: int, num_samples: int | None = None) -> nn.ModuleList:
         """Queues of the plain keys of view 1 and of view 2."""
-        from torch import nn
-
         from pretrain.features.memory_bank import SupportQueue
 
         return nn.ModuleList(SupportQueue(self.num_negatives, dim) for _ in range(2))

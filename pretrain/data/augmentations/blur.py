@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common.errors import require
-from common.lazy import functional, torch
+from common.lazy import Tensor, functional, torch
 from pretrain.data.augmentations.operation import Operation, Parameters, Step, change_where
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # Weights are multiples of 1/256: OpenCV then filters in integers, twice as fast.
 _KERNEL_STEPS = 256

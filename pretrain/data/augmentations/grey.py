@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.lazy import Tensor
 from pretrain.data.augmentations.operation import Operation, Parameters, Step, change_where
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 LUMA = (0.2989, 0.587, 0.114)  # weights of R, G, B: ITU-R 601, as in torchvision
 GREY_MATRIX = np.tile(np.array(LUMA, np.float32), (3, 1))

@@ -6,16 +6,12 @@ import itertools
 import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.lazy import torch
+from common.lazy import Tensor, torch
 from pretrain.data.augmentations.grey import GREY_MATRIX, to_grey
 from pretrain.data.augmentations.operation import Operation, Parameters, Step, change_where
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 ORDERS = tuple(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
 _LUMA = GREY_MATRIX[0].tolist()  # as the matrices have it, in single precision

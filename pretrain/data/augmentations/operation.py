@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from common.config import Registry
 from common.errors import require
-from common.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from common.lazy import Tensor, torch
 
 Parameters = dict[str, np.ndarray]  # float32 [n] each, by name
 Step = Callable[[np.ndarray], object]  # changes one picture in place, uint8 [h, w, 3], RGB

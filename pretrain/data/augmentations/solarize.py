@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.lazy import torch
+from common.lazy import Tensor, torch
 from pretrain.data.augmentations.operation import Operation, Parameters, Step, change_where
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from common.errors import positive, require
+from common.lazy import nn
 from common.resnet import BLOCKS_PER_STAGE, Arch
 from pretrain.model.backbones.base import Backbone
-
-if TYPE_CHECKING:
-    from common.network import ResNet
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class ResNetBackbone(Arch, Backbone):
             "e.g. 64 and 256, 16 and 64",
         )
 
-    def build(self, residual_gamma: float = 1.0) -> ResNet:
+    def build(self, residual_gamma: float = 1.0) -> nn.Module:
         """See the base class."""
         from common.network import ResNet
 
