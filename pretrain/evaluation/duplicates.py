@@ -77,7 +77,8 @@ def find_groups(prints: list[Fingerprint], threshold: float = THRESHOLD) -> list
             is_new = root[one] != root[other]
             one, other = one[is_new], other[is_new]
             is_near = correlation(thumbnails[one], thumbnails[other]) >= threshold
-            root = _merged(root, one[is_near], other[is_near])
+            if is_near.any():
+                root = _merged(root, one[is_near], other[is_near])
 
     order = np.argsort(root, kind="stable")
     cuts = np.flatnonzero(np.diff(root[order])) + 1
@@ -133,22 +134,9 @@ def _candidates(
 
 
 def _merged(root: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """`root` of every picture after pairs were joined; a group's root is its lowest position."""
-    pairs = np.unique(np.stack([root[first], root[second]], axis=1), axis=0)
-    parent: dict[int, int] = {}
+    """`root` of every picture, a number of its group alone, after pairs were joined."""
+    from scipy.sparse import coo_array  # takes a while, where nothing is joined
+    from scipy.sparse.csgraph import connected_components
 
-    def find(i: int) -> int:
-        while (above := parent.get(i, i)) != i:
-            parent[i] = parent.get(above, above)
-            i = above
-        return i
-
-    for one, other in pairs.tolist():
-        low, high = sorted((find(one), find(other)))
-        parent[high] = low
-    if not parent:
-        return root
-    table = np.arange(len(root))
-    for i in parent:
-        table[i] = find(i)
-    return table[root]
+    edges = np.ones(len(first), np.int8), (root[first], root[second])
+    return connected_components(coo_array(edges, (len(root), len(root))), directed=False)[1][root]
