@@ -203,21 +203,11 @@ def draw_crops(
         seed: Seed of the run.
         view_index: Number of the view, from 0.
     """
-    scale, ratio = view.crop.scale, view.crop.ratio
-
-    def draws(rows: slice | np.ndarray, num: int) -> np.ndarray:
-        own = repeats[rows] if isinstance(repeats, np.ndarray) else repeats
-        return draw_uniforms(
-            "crop", sample_hashes[rows], own, num, seed=seed, view_index=view_index
-        )
-
-    flip, *first = draws(slice(None), 1 + 4)
-    boxes, fits = boxes_from_draws(np.array(first), sizes, scale, ratio)
-    again = np.flatnonzero(~fits)  # the other attempts are drawn for these rows alone
-    if len(again):
-        more = draws(again, 1 + 4 * _ATTEMPTS)
-        boxes[again], _ = boxes_from_draws(more[1:], sizes[again], scale, ratio)
-    return Crops(boxes, flip < view.flip.probability)
+    draws = draw_uniforms(
+        "crop", sample_hashes, repeats, 1 + 4 * _ATTEMPTS, seed=seed, view_index=view_index
+    )
+    boxes = boxes_from_draws(draws[1:], sizes, view.crop.scale, view.crop.ratio)
+    return Crops(boxes, draws[0] < view.flip.probability)
 
 
 def boxes_from_draws(
@@ -225,7 +215,7 @@ def boxes_from_draws(
     sizes: np.ndarray,
     scale: tuple[float, float],
     ratio: tuple[float, float],
-) -> tuple[np.ndarray, np.ndarray]:
+) -> np.ndarray:
     """Boxes as torchvision's RandomResizedCrop draws them: some attempts, then a central box.
 
     Args:
@@ -234,8 +224,7 @@ def boxes_from_draws(
         scale: Range of the area, as a share of the picture's.
         ratio: Range of width / height.
     Returns:
-        int64 [n, 4], top, left, height, width, inside the picture; and bool [n], False where no
-        attempt fitted and the box is the central one.
+        int64 [n, 4], top, left, height, width, inside the picture.
     """
     area_draw, ratio_draw, top_draw, left_draw = draws.reshape(-1, 4, len(sizes)).swapaxes(0, 1)
     heights, widths = sizes[:, 0], sizes[:, 1]
@@ -245,19 +234,14 @@ def boxes_from_draws(
     crop_widths, crop_heights = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits = (crop_widths > 0) & (crop_widths <= widths)
     fits &= (crop_heights > 0) & (crop_heights <= heights)
-    first = np.argmax(fits, axis=0).reshape(1, -1)
-
-    def chosen(values: np.ndarray) -> np.ndarray:
-        return values[0] if len(values) == 1 else np.take_along_axis(values, first, axis=0)[0]
-
-    crop_heights, crop_widths = chosen(crop_heights), chosen(crop_widths)
-    tops = np.floor(chosen(top_draw) * (heights - crop_heights + 1))
-    lefts = np.floor(chosen(left_draw) * (widths - crop_widths + 1))
+    first = fits.argmax(axis=0), np.arange(len(sizes))  # of each picture, that fits
+    crop_heights, crop_widths = crop_heights[first], crop_widths[first]
+    tops = np.floor(top_draw[first] * (heights - crop_heights + 1))
+    lefts = np.floor(left_draw[first] * (widths - crop_widths + 1))
     boxes = np.stack([tops, lefts, crop_heights, crop_widths], axis=1).astype(np.int64)
-    fits = np.any(fits, axis=0)
-    if not fits.all():
-        boxes[~fits] = _central_boxes(heights[~fits], widths[~fits], ratio)
-    return boxes, fits
+    is_central = ~fits.any(axis=0)
+    boxes[is_central] = _central_boxes(heights[is_central], widths[is_central], ratio)
+    return boxes
 
 
 def _central_boxes(
