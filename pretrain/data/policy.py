@@ -195,20 +195,12 @@ def draw_parameters(
         seed: Seed of the run.
         view_index: Number of the view, from 0.
     """
-    # What operations share of a stream is drawn once.
-    ends: dict[str, int] = {}
-    for operation in view.operations:
-        purpose, first = operation.stream
-        ends[purpose] = max(ends.get(purpose, 0), first + operation.num_draws)
-    streams = {
-        purpose: draw_uniforms(
-            purpose, sample_hashes, repeats, end, seed=seed, view_index=view_index
-        )
-        for purpose, end in ends.items()
-    }
     drawn = []
     for operation in view.operations:
         purpose, first = operation.stream
-        numbers = streams[purpose][first : first + operation.num_draws]
-        drawn.append((operation, operation.draw(numbers)))
+        numbers = draw_uniforms(
+            purpose, sample_hashes, repeats, first + operation.num_draws, seed=seed,
+            view_index=view_index,
+        )  # fmt: skip
+        drawn.append((operation, operation.draw(numbers[first:])))
     return drawn
