@@ -389,7 +389,7 @@ class RequestSampler(Sampler):
     def __iter__(self) -> Iterator[OrderedSamples]:
         epoch = epoch_samples(self.sources, seed=self.seed, epoch=self.epoch, window=self.window)
         for step in range(self.start_step, self.num_steps):
-            batch = global_batch(epoch, step, self.batch_size, self.last_batch)
+            batch = global_batch(epoch, step, self.batch_size)
             yield rank_slice(batch, self.rank, self.world_size)
 
 

@@ -31,10 +31,7 @@ def epoch_order(shard_sizes: Sequence[int], *, seed: int, epoch: int, window: in
     Returns:
         Array [num_samples] of sample numbers, each exactly once; int32 up to 2^31 samples, else
         int64: this is what grows with the set in each process.
-    Raises:
-        UserError: If `window` is below 1.
     """
-    require(window >= 1, f"shuffle window {window}: must be at least 1 sample")
     sizes = np.asarray(shard_sizes, dtype=np.int64)
     rng = counter_rng("order", seed, epoch)
     shards = rng.permutation(len(sizes))
@@ -114,9 +111,7 @@ def epoch_samples(
         sources: Sizes and weights; sample numbers count through all of them.
         seed: Seed of the run.
         epoch: Epoch, counted from 0.
-        window: Shuffle window over all sources, in samples.
-    Raises:
-        UserError: If `window` is below 1.
+        window: Shuffle window over all sources, in samples, at least 1.
     """
     if len(sources) == 1 and sources[0].weight == 1:
         order = epoch_order(sources[0].shard_sizes, seed=seed, epoch=epoch, window=window)
@@ -124,11 +119,11 @@ def epoch_samples(
     # Sample k of a source's m has its place at (k + 1/2) / m of the epoch. The places are gone
     # before the numbers are made: both are large.
     stops = list(itertools.accumulate(source.num_due for source in sources))
-    total = stops[-1] if stops else 0
+    total = stops[-1]
     places = np.empty(total)
     for source, stop in zip(sources, stops, strict=True):
         due = source.num_due
-        places[stop - due : stop] = (np.arange(due) + 0.5) / max(1, due)
+        places[stop - due : stop] = (np.arange(due) + 0.5) / due
     merged = np.argsort(places, kind="stable")
     del places
     ids = np.empty(total, _smallest_type(sum(source.num_samples for source in sources)))
@@ -136,7 +131,7 @@ def epoch_samples(
     for number, source in enumerate(sources):
         # Of the source's endless row of cycles, this epoch takes the samples start .. stop - 1.
         size, due = source.num_samples, source.num_due
-        own_window = window if window < 1 else max(1, round(window * due / max(1, total)))
+        own_window = max(1, round(window * due / total))
         own_seed = int.from_bytes(stable_hash("source", seed, number, num_bytes=7), "little")
         start, stop = epoch * due, (epoch + 1) * due
         for cycle in range(start // size, (stop - 1) // size + 1) if due else ():
@@ -162,28 +157,19 @@ def num_steps_per_epoch(num_samples: int, batch_size: int, last_batch: LastBatch
             these are changes with the epoch, since each has its own order. "pad": filled up with
             samples from the epoch's beginning.
     Raises:
-        UserError: If the batch is empty or larger than the data set.
+        UserError: If the batch is larger than the data set.
     """
-    require(batch_size >= 1, f"batch size {batch_size}: must be at least 1")
     fills = f"{num_samples} samples do not fill one batch of {batch_size}: lower the batch size"
     require(num_samples >= batch_size, fills)
     return -(-num_samples // batch_size) if last_batch == "pad" else num_samples // batch_size
 
 
-def global_batch(
-    epoch: OrderedSamples, k: int, batch_size: int, last_batch: LastBatch = "drop"
-) -> OrderedSamples:
-    """The k-th global batch: `batch_size` samples with their repeats.
+def global_batch(epoch: OrderedSamples, k: int, batch_size: int) -> OrderedSamples:
+    """The k-th global batch of `num_steps_per_epoch`: `batch_size` samples with their repeats.
 
-    The repeats of samples that pad the last batch are negative, so that their views differ from
-    those at the epoch's beginning.
-
-    Raises:
-        IndexError: If the epoch has no k-th batch.
+    The last one may be padded with samples from the epoch's beginning. Their repeats are negative,
+    so that their views differ from those there.
     """
-    num_steps = num_steps_per_epoch(len(epoch), batch_size, last_batch)
-    if not 0 <= k < num_steps:
-        raise IndexError(f"batch {k} of an epoch with {num_steps} batches")
     batch = epoch[k * batch_size : (k + 1) * batch_size]
     batch = OrderedSamples(batch.sample_ids.astype(np.int64), batch.repeats.astype(np.int64))
     if missing := batch_size - len(batch):

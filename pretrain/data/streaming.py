@@ -352,7 +352,7 @@ class StreamingLoader:
         rank: Number of this rank.
         world_size: Number of ranks.
         num_workers: Worker processes; 0 reads in this process.
-        shuffle_buffer: Encoded samples that a worker holds back to mix them.
+        shuffle_buffer: Encoded samples that a worker holds back to mix them, at least 1.
         max_bad_samples: How many different bad samples this rank replaces before it stops.
         known_bad: Bad samples of an earlier part of the run: {sample number: reason}.
         patience: How long to keep trying to read a shard.
@@ -379,10 +379,8 @@ class StreamingLoader:
         patience: Patience,
         **views: Any,
     ) -> None:
-        require(batch_size >= 1, f"data.batch_size: {batch_size}: must be at least 1")
         fills = f"data.samples_per_epoch: {samples_per_epoch}: must fill one batch of {batch_size}"
         require(samples_per_epoch >= batch_size, fills)
-        require(shuffle_buffer >= 1, f"shuffle buffer of {shuffle_buffer}: must be at least 1")
         sources = open_sources(spec, patience)
         self.num_steps = samples_per_epoch // batch_size
         self._bad = BadSamples(max_bad_samples, known_bad)

@@ -139,15 +139,7 @@ class RowRandom:
         return torch.randint(high, shape, **self._source(torch.int64))[self.rows]
 
     def shift(self) -> Tensor:
-        """One number in 1..num_rows-1, for all rows: int64, on the generator's device.
-
-        Raises:
-            ValueError: In a batch of one.
-        """
-        if self.num_rows < 2:
-            raise ValueError(
-                f"another sample of the batch needs a batch of at least 2, got {self.num_rows}"
-            )
+        """One number in 1..num_rows-1, for all rows: int64, on the generator's device."""
         return torch.randint(1, self.num_rows, (), **self._source(torch.int64))
 
     def beta(self, alpha: float, *tail: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -73,11 +73,6 @@ def test_a_shift_is_any_but_zero():
     assert len(counts) == 5
 
 
-def test_a_batch_of_one_has_no_other_sample():
-    with pytest.raises(ValueError, match=r"another sample of the batch.* at least 2, got 1"):
-        whole(1).shift()
-
-
 def test_integers_are_uniform_below_their_bound():
     values = whole(3000).integers(4, 2)
     assert values.shape == (3000, 2)
