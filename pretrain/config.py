@@ -17,7 +17,7 @@ from common.errors import at_least, positive, require, within_0_and_1
 from pretrain.data.cache import CacheOptions
 from pretrain.data.order import LastBatch
 from pretrain.data.policy import AugmentationPolicy
-from pretrain.data.remote import Patience
+from pretrain.data.remote import Patience, displayed
 from pretrain.features.augmentations.base import (
     FeatureAugmentation,
     NeighbourAugmentation,
@@ -172,6 +172,16 @@ class DataConfig:
             not self.streaming or self.last_batch == "drop",
             "data.last_batch=pad: a stream has no last batch; use drop",
         )
+        names = [] if isinstance(self.shards, str | None) else list(self.shards)
+        require(self.shards is None or bool(self.shards), "data.shards: name one shard set or more")
+        for name in names:
+            is_once = names.count(name) == 1
+            require(is_once, f"data.shards: {displayed(name)} is listed twice; give it a weight")
+        for name, weight in self.shards.items() if isinstance(self.shards, dict) else ():
+            require(
+                0 < weight < math.inf,
+                f"data.shards: weight {weight} of {displayed(name)}: must be above 0",
+            )
         _ = self.cache  # it refuses what cannot be
 
     @property

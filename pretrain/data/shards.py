@@ -20,7 +20,6 @@ from pretrain.data.cache import CacheOptions, touch
 from pretrain.data.index import NO_LABEL, sample_hash, scan_shard
 from pretrain.data.order import SourceSizes
 from pretrain.data.random_numbers import stable_hash
-from pretrain.data.remote import displayed
 from pretrain.data.sources import Source, open_source
 
 _MAX_OPEN_FILES = 64  # per process; a shuffle window touches a handful of shards at a time
@@ -366,37 +365,21 @@ class _MixedTable:
         return table if np.ndim(ids) else table[0]
 
 
-def check_weights(weights: Mapping[str, float]) -> None:
-    """Refuse weights of a mixture that are not above 0.
-
-    Raises:
-        UserError: Naming the first one.
-    """
-    for name, weight in weights.items():
-        is_weight = bool(np.isfinite(weight) and weight > 0)
-        require(is_weight, f"data.shards: weight {weight} of {displayed(name)}: must be above 0")
-
-
 def open_samples(
     spec: str | Sequence[str] | Mapping[str, float], cache: CacheOptions | None = None
 ) -> Samples:
     """Open one shard set, or several as a mixture.
 
     Args:
-        spec: What `ShardIndex.open` takes; a list of such; or a mapping from such to weights.
+        spec: What `ShardIndex.open` takes; a list of such; or a mapping from such to weights. As
+            ``DataConfig`` lets it pass.
         cache: Where remote shards are kept; all sets share it.
     Raises:
-        UserError: If there is nothing to open, a set is named twice, a weight is not above 0; and
-            all that `ShardIndex.open` refuses.
+        UserError: All that `ShardIndex.open` refuses.
     """
     if isinstance(spec, str):
         return ShardIndex.open(spec, cache)
     weights = dict(spec) if isinstance(spec, Mapping) else dict.fromkeys(spec, 1.0)
-    require(bool(weights), "data.shards: an empty list; name at least one shard set")
-    for name in weights:
-        is_once = list(spec).count(name) == 1
-        require(is_once, f"data.shards: {name} is listed twice; give it a weight instead")
-    check_weights(weights)
     sets = [ShardIndex.open(name, cache) for name in weights]
     if list(weights.values()) == [1.0]:
         return sets[0]

@@ -43,7 +43,6 @@ from pretrain.data.loader import (
 from pretrain.data.order import share_of_rank
 from pretrain.data.random_numbers import stable_hash
 from pretrain.data.remote import Patience, displayed, download, look
-from pretrain.data.shards import check_weights
 from pretrain.data.sources import expand
 
 _MAX_PASSES = 1 << 20  # per epoch; repeats count epochs and passes in one number
@@ -156,10 +155,9 @@ def open_sources(
     weights are drawn from in proportion to these, whatever they hold.
 
     Raises:
-        UserError: If nothing is named, a tar is named twice, or a weight is not above 0.
+        UserError: If a set cannot be found, or a tar is named twice.
     """
     names = [spec] if isinstance(spec, str) else list(spec)
-    require(bool(names), "data.shards: an empty list; name at least one shard set")
     tars: dict[str, int] = {}
     for number, name in enumerate(names):
         for tar in expand(name, patience):
@@ -167,7 +165,6 @@ def open_sources(
             tars[tar] = number
     if not isinstance(spec, Mapping):
         return [StreamSource(tars)]
-    check_weights(spec)
     return [
         StreamSource({tar: of for tar, of in tars.items() if of == number}, weight)
         for number, weight in enumerate(spec.values())

@@ -250,17 +250,6 @@ def test_fingerprint_knows_samples_and_weights(shard_folder: Path, other_folder:
     assert open_samples([one]).fingerprint == prints[0]
 
 
-def test_mixtures_refuse_what_cannot_be(shard_folder: Path, other_folder: Path) -> None:
-    one, two = str(shard_folder), str(other_folder)
-    with pytest.raises(UserError, match="an empty list"):
-        open_samples([])
-    with pytest.raises(UserError, match="listed twice; give it a weight instead"):
-        open_samples([one, one])
-    for weight in (0, -1, float("nan"), float("inf")):
-        with pytest.raises(UserError, match=r"weight .* must be above 0"):
-            open_samples({one: 1, two: weight})
-
-
 @pytest.fixture
 def shards_with_bad(tmp_path: Path) -> ShardIndex:
     """24 samples of which 5 and 11 do not decode."""
