@@ -12,7 +12,6 @@ import os
 import re
 import tarfile
 import tokenize
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -320,28 +319,26 @@ class TarSample(NamedTuple):
     offset: int
     size: int
     label: int
-    data: bytes
-    fault: str
+    data: bytes = b""
+    fault: str = ""
 
 
 class Notes:
     """What was not used of samples that are used: one text for each kind of it in a tar."""
 
     def __init__(self) -> None:
-        self._first: dict[str, tuple[str, str]] = {}
-        self._counts: Counter[str] = Counter()
+        self._kinds: dict[str, tuple[str, str, int]] = {}
 
     def add(self, kind: str, file: str, reason: str) -> None:
         """Note a file; the first of each kind is the example."""
-        self._first.setdefault(kind, (file, reason))
-        self._counts[kind] += 1
+        file, reason, count = self._kinds.get(kind, (file, reason, 0))
+        self._kinds[kind] = file, reason, count + 1
 
     def items(self) -> list[dict[str, Any]]:
         """Of each kind the first file, its reason, and how many there are: "kept"."""
         return [
-            {"file": file, "reason": f"{reason} ({self._counts[kind]} such)", "kept": count}
-            for kind, (file, reason) in self._first.items()
-            if (count := self._counts[kind])
+            {"file": file, "reason": f"{reason} ({count} such)", "kept": count}
+            for file, reason, count in self._kinds.values()
         ]
 
 
@@ -387,7 +384,7 @@ def _samples_of_key(
     left_out: list[TarSample] = []
 
     def leave_out(member: TarMember, why: str) -> None:
-        left_out.append(TarSample(member.name, member.offset, 0, NO_LABEL, b"", why))
+        left_out.append(TarSample(member.name, member.offset, 0, NO_LABEL, fault=why))
 
     for suffix, member in files:
         stem = member.name[: len(member.name) - len(suffix.rpartition(".")[2]) - 1]
@@ -424,24 +421,14 @@ def _samples_of_key(
             leave_out(member, f"another picture of sample {sample!r}, beside {first.name!r}")
             continue
         label = labels.get(stem, labels.get(key, NO_LABEL))
-        yield TarSample(sample, member.offset, member.size, label, member.data, "")
+        yield TarSample(sample, member.offset, member.size, label, member.data)
     if not pictures and not left_out:
         why = "no picture" if files[0][0] else "a name without a suffix"
-        left_out.append(TarSample(key, files[0][1].offset, 0, NO_LABEL, b"", why))
+        left_out.append(TarSample(key, files[0][1].offset, 0, NO_LABEL, fault=why))
     yield from left_out
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One sample of a shard."""
-
-    name: str  # WebDataset key
-    offset: int  # of the picture's bytes inside the tar
-    size: int  # of the picture, bytes
-    label: int  # -1: none
-
-
-def scan_shard(name: str, stream: IO[bytes]) -> tuple[list[Entry], list[dict[str, Any]]]:
+def scan_shard(name: str, stream: IO[bytes]) -> tuple[list[TarSample], list[dict[str, Any]]]:
     """Find the samples of one tar.
 
     Args:
@@ -453,16 +440,16 @@ def scan_shard(name: str, stream: IO[bytes]) -> tuple[list[Entry], list[dict[str
     Raises:
         UserError: As `tar_files`.
     """
-    entries: list[Entry] = []
+    samples: list[TarSample] = []
     skipped: list[dict[str, Any]] = []
     notes, base = Notes(), os.path.basename(name)
     for one in tar_samples(stream, name, notes, with_pictures=False):
         if one.fault:
             skipped.append({"file": f"{base}/{one.name}", "reason": one.fault})
         else:
-            entries.append(Entry(one.name, one.offset, one.size, one.label))
+            samples.append(one)
     kept = [item | {"file": f"{base}/{item['file']}"} for item in notes.items()]
-    return entries, skipped + kept
+    return samples, skipped + kept
 
 
 # -- index.json and samples.npy -------------------------------------------------------------------
@@ -484,12 +471,12 @@ class ShardPart:
 
     @classmethod
     def of(
-        cls, name: str, entries: Sequence[Entry], skipped: list[dict[str, Any]], size: int,
+        cls, name: str, samples: Sequence[TarSample], skipped: list[dict[str, Any]], size: int,
         sha256: str,
     ) -> "ShardPart":  # fmt: skip
         """The part of a tar with its bytes' number and hash."""
-        shard = {"name": name, "num_samples": len(entries), "bytes": size, "sha256": sha256}
-        rows = [(0, one.offset, one.size, one.label, sample_hash(one.name)) for one in entries]
+        shard = {"name": name, "num_samples": len(samples), "bytes": size, "sha256": sha256}
+        rows = [(0, one.offset, one.size, one.label, sample_hash(one.name)) for one in samples]
         return cls(np.array(rows, SAMPLE_DTYPE), shard, skipped)
 
     def save(self, path: Path, fingerprint: str = "") -> None:
@@ -525,8 +512,8 @@ class ShardPart:
 def scan_file(path: Path) -> ShardPart:
     """The part of a local tar; raises as `tar_files`, and OSError."""
     with open_regular(path) as stream:
-        entries, skipped = scan_shard(str(path), stream)
-    return ShardPart.of(path.name, entries, skipped, path.stat().st_size, sha256_of(path))
+        samples, skipped = scan_shard(str(path), stream)
+    return ShardPart.of(path.name, samples, skipped, path.stat().st_size, sha256_of(path))
 
 
 def write_index(

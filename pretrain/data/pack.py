@@ -46,7 +46,7 @@ from common.files import (
 )
 from common.parent_death import exit_with_parent
 from common.pictures import BadPicture, decode, read_file
-from pretrain.data.index import Entry, ShardPart, load_table, read_index, write_index
+from pretrain.data.index import ShardPart, TarSample, load_table, read_index, write_index
 from pretrain.data.random_numbers import stable_hash
 
 _KEPT = {  # what may be stored as it is, by its suffix
@@ -298,7 +298,7 @@ def write_shard(plan: ShardPlan, folder: Path, options: ShardOptions, max_bad: i
     """
     path = folder / plan.name
     skipped: list[dict[str, str]] = []
-    entries: list[Entry] = []
+    entries: list[TarSample] = []
 
     def write(file: BinaryIO) -> None:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -311,7 +311,7 @@ def write_shard(plan: ShardPlan, folder: Path, options: ShardOptions, max_bad: i
                     check_bad(skipped, max_bad)
                     continue
                 offset = file.tell() + tarfile.BLOCKSIZE
-                entries.append(Entry(key, offset, len(data), picture.label))
+                entries.append(TarSample(key, offset, len(data), picture.label))
                 members = [(suffix, data)]
                 if picture.label >= 0:
                     members.append(("cls", str(picture.label).encode()))
