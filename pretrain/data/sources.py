@@ -13,7 +13,6 @@ import math
 import os
 import re
 import shutil
-import stat
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -286,14 +285,11 @@ def open_source(spec: str | Path, options: CacheOptions) -> Source:
 
 def _size_of(path: Path) -> int:
     try:
-        status = path.stat()
-        is_file = stat.S_ISREG(status.st_mode)  # opening a pipe may never end
-        require(is_file, f"{path}: no plain file; name a pipe as pipe:cat PIPE")
-        return status.st_size
+        require_regular(path)
+        return path.stat().st_size
     except OSError as error:
-        raise UserError(
-            f"{path}: shard is missing ({error.strerror}); copy it back or correct the pattern"
-        ) from None
+        remedy = "copy it back or correct the pattern, and name a pipe as pipe:cat PIPE"
+        raise UserError(f"{path}: no shard is there ({error.strerror}); {remedy}") from None
 
 
 def _open_remote(location: Location, name: str, options: CacheOptions) -> Source:

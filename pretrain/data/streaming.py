@@ -15,10 +15,8 @@ docs/shards.md says when to use it and what it costs.
 
 import contextlib
 import itertools
-import os
 import queue
 import random
-import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +28,7 @@ import torch.utils.data
 from webdataset.filters import shuffle
 
 from common.errors import UserError, printable, require
+from common.files import open_regular
 from pretrain.data.decode import Sample, ViewWriter
 from pretrain.data.index import Notes, sample_hash, tar_samples
 from pretrain.data.loader import (
@@ -68,11 +67,10 @@ def open_stream(url: str, patience: Patience) -> "BinaryIO | RemoteStream":
     if "://" in url or url.startswith("pipe:"):
         return RemoteStream(url, patience)
     try:
-        is_file = stat.S_ISREG(os.stat(url).st_mode)  # opening a pipe may never end
-        require(is_file, f"{url}: no plain file; name a pipe as pipe:cat PIPE")
-        return open(url, "rb")
+        return open_regular(url)
     except OSError as error:
-        raise UserError(f"{url}: cannot be opened ({error.strerror}); check the path") from error
+        remedy = "check the path, and name a pipe as pipe:cat PIPE"
+        raise UserError(f"{url}: cannot be opened ({error.strerror}); {remedy}") from error
 
 
 class RemoteStream:

@@ -121,7 +121,7 @@ def test_changed_tar_of_a_pattern_is_indexed_again(index: ShardIndex, tmp_path: 
     assert second.read_bytes(12) == index.read_bytes(32)
     (index.folder / "shard-000001.tar").unlink()
     with pytest.raises(
-        UserError, match=r"shard-000001.tar: shard is missing .*correct the pattern"
+        UserError, match=r"shard-000001.tar: no shard is there .*correct the pattern"
     ):
         ShardIndex.open(f"{index.folder}/shard-{{000000..000001}}.tar", options)
 

@@ -302,5 +302,5 @@ def test_what_a_labelled_set_leaves_out_is_said(tmp_path, capsys):
 def test_named_pipe_is_refused_before_it_is_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.tar")
     for read in (indexed, lambda path: streamed(str(path))):
-        with pytest.raises(UserError, match=r"a\.tar: no plain file; name a pipe as pipe:cat"):
+        with pytest.raises(UserError, match=r"a\.tar: .*is a named pipe .*name a pipe as pipe:cat"):
             read(tmp_path / "a.tar")
