@@ -125,8 +125,7 @@ class ShardIndex(Samples):
 
     def __init__(self, source: Source) -> None:
         index = source.index
-        self._source, self._tars = source, source.tars
-        self.name, self.folder = source.name, source.folder
+        self._source, self.name, self.folder = source, source.name, source.folder
         self.num_samples = index["num_samples"]
         self.classes = index["classes"]
         self.skipped: list[dict[str, Any]] = index["skipped"]
@@ -138,7 +137,7 @@ class ShardIndex(Samples):
         is_external = bool(self.options.get("external"))
         self.left_out = [one for one in self.skipped if is_external and "kept" not in one]
         self.samples: np.ndarray = np.load(source.index_folder / index["samples"], mmap_mode="r")
-        self.is_remote = source.tars.cache is not None
+        self.is_remote = source.cache is not None
         hashes = [index["samples_sha256"], *(shard["sha256"] for shard in index["shards"])]
         self.fingerprint = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -185,16 +184,16 @@ class ShardIndex(Samples):
 
     def fetch(self, sample_ids: Sequence[int] | np.ndarray) -> None:
         """See `Samples`."""
-        if self._tars.cache is not None:
-            shards = self.samples["shard"][np.asarray(sample_ids, np.int64)]
-            self._tars.cache.ensure([self._tars.shards[n] for n in dict.fromkeys(shards.tolist())])
+        if self._source.cache is not None:
+            shards = dict.fromkeys(self.samples["shard"][np.asarray(sample_ids, np.int64)].tolist())
+            self._source.cache.ensure([self._source.shards[number] for number in shards])
 
     def key_name(self, i: int) -> str:
         """See `Samples`."""
         shard = int(self.samples[i]["shard"])
         if shard not in self._names:
-            with os.fdopen(self._tars.open(shard), "rb") as stream:
-                entries, _ = scan_shard(self._tars.name(shard), stream)
+            with os.fdopen(self._source.open(shard), "rb") as stream:
+                entries, _ = scan_shard(self._source.name_of(shard), stream)
             if len(self._names) >= _MAX_NAMED_SHARDS:
                 self._names.clear()
             names = {(entry.offset, sample_hash(entry.name)): entry.name for entry in entries}
@@ -205,11 +204,12 @@ class ShardIndex(Samples):
     def describe(self, i: int) -> str:
         """See `Samples`."""
         row = self.samples[i]
+        tar = self._source.name_of(int(row["shard"]))
         try:
             key = f" {self.key_name(i)!r}"
         except (UserError, OSError):
             key = ""
-        return f"sample {i}{key} in {self._tars.name(int(row['shard']))} at byte {row['offset']}"
+        return f"sample {i}{key} in {tar} at byte {row['offset']}"
 
     def close(self) -> None:
         """Close the open shards; they open again when needed."""
@@ -243,7 +243,7 @@ class ShardIndex(Samples):
         if shard not in self._files:
             if len(self._files) >= _MAX_OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = self._tars.open(shard)
+            self._files[shard] = self._source.open(shard)
             self._used[shard] = now
         elif self.is_remote and now - self._used[shard] > _TOUCH_SECONDS:
             touch(self._files[shard])  # the least recently used goes first

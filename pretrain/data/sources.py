@@ -186,21 +186,27 @@ def join(folder: str, name: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
 
 
-# -- tars by number -------------------------------------------------------------------------------
+# -- opening --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Tars:
-    """The tars of a source by number, on the local disk or through the cache.
-
-    They travel to workers by pickling.
+@dataclass
+class Source:
+    """An opened source; it travels to workers by pickling.
 
     Attributes:
+        name: What the user called it, without secrets.
+        folder: Where the tars are, if they are in one local folder; else where the index is.
+        index_folder: Where index.json and samples.npy are.
+        index: index.json.
         paths: Of local tars.
-        shards: Of remote ones.
-        cache: None if the tars are local.
+        shards: Remote ones.
+        cache: Of remote tars; None if they are local.
     """
 
+    name: str
+    folder: Path
+    index_folder: Path
+    index: dict[str, Any] = field(repr=False)
     paths: Sequence[str] = ()
     shards: Sequence[RemoteShard] = ()
     cache: ShardCache | None = None
@@ -217,34 +223,12 @@ class Tars:
             return os.open(self.paths[number], os.O_RDONLY)
         return self.cache.open(self.shards[number])
 
-    def name(self, number: int) -> str:
+    def name_of(self, number: int) -> str:
         """What to call a tar in messages: its path, or its URL and where the copy lies."""
         if self.cache is None:
             return self.paths[number]
         shard = self.shards[number]
         return f"{displayed(shard.url)} (copy: {self.cache.path(shard)})"
-
-
-# -- opening --------------------------------------------------------------------------------------
-
-
-@dataclass
-class Source:
-    """An opened source.
-
-    Attributes:
-        name: What the user called it, without secrets.
-        folder: Where the tars are, if they are in one local folder; else where the index is.
-        index_folder: Where index.json and samples.npy are.
-        tars: The tars.
-        index: index.json.
-    """
-
-    name: str
-    folder: Path
-    index_folder: Path
-    tars: Tars
-    index: dict[str, Any] = field(repr=False)
 
 
 def open_source(spec: str | Path, options: CacheOptions) -> Source:
@@ -280,7 +264,7 @@ def open_source(spec: str | Path, options: CacheOptions) -> Source:
     others = {*folder.glob("*.tar")} - {*paths} if has_index else ()
     for path in sorted(others):
         raise UserError(f"{path}: a shard that the index does not know: {stale}")
-    return Source(location.text, folder, index_folder, Tars([*map(str, paths)]), index)
+    return Source(location.text, folder, index_folder, index, [*map(str, paths)])
 
 
 def _size_of(path: Path) -> int:
@@ -317,8 +301,7 @@ def _open_remote(location: Location, name: str, options: CacheOptions) -> Source
         for url, shard in zip(urls, index["shards"], strict=True)
     ]
     cache.check_bound([shard.size for shard in shards])
-    tars = Tars(shards=shards, cache=ShardCache(options, remedy))
-    return Source(name, index_folder, index_folder, tars, index)
+    return Source(name, index_folder, index_folder, index, (), shards, ShardCache(options, remedy))
 
 
 def _index_tars(
