@@ -72,6 +72,10 @@ class ContrastiveTask:
     ) -> None:
         self.config, self.model, self.optimizer = config, model, optimizer
         self.folder, self.device = folder, device
+        # By their keys in a checkpoint; None: this run has none.
+        self._parts: dict[str, nn.Module | None] = {
+            "model": model.online, "ema": model.ema, "queue": model.queue, "negatives": model.memory
+        }  # fmt: skip
         self.num_steps = input_pipeline.num_steps * config.optim.epochs
         self.data_fingerprint = input_pipeline.fingerprint
         self.autocast_type = dist.autocast_type(config.engine.precision, device)
@@ -141,8 +145,8 @@ class ContrastiveTask:
 
     def state_dict(self) -> dict[str, Any]:
         """All but position and random state, which the loop adds."""
-        ema, queue, memory = self.model.ema, self.model.queue, self.model.memory
-        return {
+        parts = {k: None if m is None else m.state_dict() for k, m in self._parts.items()}
+        return parts | {
             "format": FORMAT,
             "arch": to_plain(self.config.arch),
             "preprocessing": {
@@ -150,13 +154,9 @@ class ContrastiveTask:
                 "std": list(self.config.data.pixel_std),
                 "order": "RGB",
             },
-            "model": self.model.online.state_dict(),
-            "ema": None if ema is None else ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.guard.scaler.state_dict(),
             "schedule": {"num_steps": self.num_steps, "data_fingerprint": self.data_fingerprint},
-            "queue": None if queue is None else queue.state_dict(),
-            "negatives": None if memory is None else memory.state_dict(),
             "config": to_plain(self.config),
         }
 
@@ -181,13 +181,9 @@ class ContrastiveTask:
             "on from; restore it, or start a new run with another out=DIR",
         )
         try:
-            self.model.online.load_state_dict(state["model"])
-            if self.model.ema is not None:
-                self.model.ema.load_state_dict(state["ema"])
-            if self.model.queue is not None:
-                self.model.queue.load_state_dict(state["queue"])
-            if self.model.memory is not None:
-                self.model.memory.load_state_dict(state["negatives"])
+            for key, part in self._parts.items():
+                if part is not None:
+                    part.load_state_dict(state[key])
             load_state(self.optimizer, state["optimizer"])
             if state.get("scaler"):  # of a run in fp16
                 self.guard.scaler.load_state_dict(state["scaler"])
