@@ -133,11 +133,6 @@ class Embeddings(NamedTuple):
     bad: list[str]
 
 
-class _Prepared(NamedTuple):
-    crop: np.ndarray
-    print: Fingerprint | None
-
-
 def embed(
     backbone: FrozenBackbone,
     pictures: PictureList,
@@ -163,13 +158,13 @@ def embed(
     """
     size = backbone.view["image_size"]
 
-    def prepare(picture: NamedPicture) -> _Prepared | BadPicture:
+    def prepare(picture: NamedPicture) -> tuple[np.ndarray, Fingerprint | None] | BadPicture:
         try:
             pixels = decode(picture.read(), where=picture.name)
         except BadPicture as error:
             return error
         fingerprint = Fingerprint.of(pixels) if with_prints else None
-        return _Prepared(center_crop(pixels, size), fingerprint)
+        return center_crop(pixels, size), fingerprint
 
     def count_bad(message: str) -> None:
         bad.append(printable(message))
@@ -204,8 +199,8 @@ def embed(
                 count_bad(str(one))
             else:
                 good.append(picture)
-                crops.append(one.crop)
-                prints += [one.print] if one.print is not None else []
+                crops.append(one[0])
+                prints += [one[1]] if one[1] is not None else []
                 if len(crops) == batch_size:
                     compute()
             bar.update()
