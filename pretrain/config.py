@@ -350,7 +350,14 @@ class PretrainConfig:
             f"takes no small crops ({reason}); use num=0, or another objective",
         )
         refuse_without_gradient(self.objective, self.fa)
-        self._refuse_small_maps()
+        least, size, stride = self.objective.min_positions, self.data.image_size, self.arch.stride
+        side = math.ceil(size / stride)
+        require(
+            side**2 >= least,
+            f"data.image_size={size}: the last map of the backbone has {side} x {side} positions, "
+            f"and objective.name={self.objective.name} needs {least}; use data.image_size="
+            f"{stride * math.isqrt(max(least - 1, 0)) + 1} or more",
+        )
         if self.objective.needs_sample_ids:
             require(
                 not self.data.streaming,
@@ -392,16 +399,6 @@ class PretrainConfig:
             not takes_partners,
             "optim.accumulation=plain: fa.partner=batch takes partners from the whole batch; "
             "use optim.accumulation=cached, or fa.partner=view or queue",
-        )
-
-    def _refuse_small_maps(self) -> None:
-        least, size, stride = self.objective.min_positions, self.data.image_size, self.arch.stride
-        side = math.ceil(size / stride)
-        require(
-            side**2 >= least,
-            f"data.image_size={size}: the last map of the backbone has {side} x {side} positions, "
-            f"and objective.name={self.objective.name} needs {least}; use data.image_size="
-            f"{stride * math.isqrt(max(least - 1, 0)) + 1} or more",
         )
 
 

@@ -110,7 +110,7 @@ class Gradients:
         with record_function("forward"), torch.no_grad(), self.autocast(), kept:
             for part in parts:
                 states.append(_random_state(device))
-                z.append(self.model.online(rows_of(views, part), _as_it_is))
+                z.append(self.model.online(rows_of(views, part), lambda z: z))
             ema = [self.model.ema_projections(rows_of(views, part)) for part in parts]
         # FA, predictor and loss on the whole batch leave gradients at the projections.
         t = None if ema[0] is None else torch.cat([x for x in ema if x is not None], dim=1)
@@ -128,7 +128,7 @@ class Gradients:
             _set_random_state(state, device)
             with self._sync(part is parts[-1]):
                 with record_function("forward"), self.autocast():
-                    again = self.forward(rows_of(views, part), _as_it_is)
+                    again = self.forward(rows_of(views, part), lambda z: z)
                 surrogate = (again.float() * cached.grad[:, part].float()).sum()
                 with record_function("backward"):
                     (surrogate + self.model.online.zero_through_heads()).backward()
@@ -262,10 +262,6 @@ def perturb(
         (gradient,) = torch.autograd.grad(loss, candidate)
         pixels = (pixels + step * gradient.sign()).clamp(low, high)
     return (pixels - mean) / std
-
-
-def _as_it_is(z: Tensor) -> Tensor:
-    return z
 
 
 @contextlib.contextmanager

@@ -119,8 +119,7 @@ def knn_grid(
         queries, bank, max(ks), is_unit=False, chunk_rows=QUERY_CHUNK, chunk_entries=BANK_CHUNK,
         device=device,
     )  # fmt: skip
-    similarity, nearest = similarity.cpu(), nearest.cpu()
-    bank_labels, query_labels = bank_labels.cpu(), query_labels.cpu()
+    similarity, nearest = similarity.cpu(), nearest.cpu()  # where labels are
     num_classes = int(max(bank_labels.max(), query_labels.max())) + 1
     correct = [[0] * len(temperatures) for _ in ks]
     for start in range(0, len(queries), QUERY_CHUNK):
