@@ -96,28 +96,23 @@ class InputPipeline:
                 f"data.max_bad_samples={data.max_bad_samples}:\n{reasons}\n"
                 "make the tars without them, or raise data.max_bad_samples"
             )
-        self._left_out = {item["file"]: item["reason"] for item in left_out}
+        # Bad samples of earlier parts of the run, those of all processes: they count too. The bound
+        # is of each process, so what others found is added to it.
+        form = {"sample": (int, str), "reason": str, "rank": int}
+        rows = read_json_lines(self._bad_path, form, report=self.notes.add)
+        listed = {row["sample"]: row["reason"] for row in rows}
+        own = {row["sample"] for row in rows if row["rank"] == dist.rank()}
+        unusable = {item["file"]: item["reason"] for item in left_out}
+        self._known_bad = listed | unusable
+        self._max_bad = data.max_bad_samples + len(listed.keys() - own - unusable.keys())
         self._loader = self._make_loader(data.num_workers)
         # What is left out is listed once, by the first process.
-        self._num_listed = len(self._listed() if dist.rank() == 0 else self._loader.bad_samples)
+        self._num_listed = len(listed if dist.rank() == 0 else self._known_bad)
         self.num_steps = self._loader.num_steps
         self.fingerprint, self.num_samples = None, data.samples_per_epoch
         if self.samples is not None:
             self.fingerprint = self.samples.fingerprint
             self.num_samples = self.samples.num_samples
-
-    def _listed(self) -> dict[Any, str]:
-        """Bad samples of earlier parts of the run, those of all processes: they count too."""
-        form = {"sample": (int, str), "reason": str}
-        rows = read_json_lines(self._bad_path, form, report=self.notes.add)
-        return {row["sample"]: row["reason"] for row in rows}
-
-    def _num_bad_elsewhere(self) -> int:
-        """How many bad samples other processes found: the bound is of each process."""
-        form = {"sample": (int, str), "rank": int}
-        rows = read_json_lines(self._bad_path, form, report=self.notes.add)
-        own = {row["sample"] for row in rows if row["rank"] == dist.rank()}
-        return len({row["sample"] for row in rows} - own - self._left_out.keys())
 
     def _make_loader(self, num_workers: int) -> Loader | StreamingLoader:
         data = self._data
@@ -133,8 +128,8 @@ class InputPipeline:
             "rank": dist.rank(),
             "world_size": dist.world_size(),
             "num_workers": num_workers,
-            "max_bad_samples": data.max_bad_samples + self._num_bad_elsewhere(),
-            "known_bad": self._listed() | self._left_out,
+            "max_bad_samples": self._max_bad,
+            "known_bad": self._known_bad,
         }
         if self.samples is not None:
             return Loader(
