@@ -195,9 +195,6 @@ OFFICIAL_TARS = {
     "VOCtest_06-Nov-2007.tar": "b6e924de25625d8de591ea690078ad9f",
     "VOCtrainval_11-May-2012.tar": "6cd6e144f989b92b3379bac3b3de84fd",
 }
-# Pictures of the lists that detection uses, as the challenges' pages state them:
-# host.robots.ox.ac.uk/pascal/VOC/voc20{07,12}/dbstats.html
-OFFICIAL_COUNTS = {"VOC2007/trainval": 5_011, "VOC2012/trainval": 11_540, "VOC2007/test": 4_952}
 _GIVE_OFFICIAL = f"give {', '.join(OFFICIAL_TARS)}, or the folders unpacked from them"
 _NO_IMPORT = "Other sets need no import: tools/train_voc.sh --data FOLDER --train-split --classes"
 
@@ -236,7 +233,7 @@ def import_voc(sources: Sequence[Path], out: Path, num_workers: int, overwrite: 
             shutil.rmtree(root / "unpacked", ignore_errors=True)
 
         # Every list, named as Detectron2 does: its annotations, number of pictures, pictures.
-        places = [Path(place) for place in OFFICIAL_COUNTS]
+        places = [Path(place) for place in voc.OFFICIAL_COUNTS]
         there = [str(x) for x in places if list_file(root / x.parent, x.name).is_file()]
         require(
             "VOC2007/test" in there and len(there) > 1,
@@ -247,7 +244,7 @@ def import_voc(sources: Sequence[Path], out: Path, num_workers: int, overwrite: 
         train, test = "+".join(names[:-1]), names[-1]
         data = read_set(root, SetChoice("voc", voc.VOC_CLASSES, train_split=train, test_split=test))
         for place, split in zip(there, (*data.train, data.test), strict=True):
-            files, count = [str(x.file) for x in split.pictures], OFFICIAL_COUNTS[place]
+            files, count = [str(x.file) for x in split.pictures], voc.OFFICIAL_COUNTS[place]
             require(
                 len(files) == count,
                 f"{place} has {len(files)} pictures, the official list {count}: a part or an "
@@ -263,7 +260,7 @@ def import_voc(sources: Sequence[Path], out: Path, num_workers: int, overwrite: 
             root,
             classes=voc.VOC_CLASSES,
             metric_year=2007,
-            splits={name: OFFICIAL_COUNTS[x] for name, x in zip(names, there, strict=True)},
+            splits={name: voc.OFFICIAL_COUNTS[x] for name, x in zip(names, there, strict=True)},
             train_split=train,
             test_split=test,
             pool=0,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.annotations.formats import voc
 from common.annotations.formats.voc import VOC_CLASSES
 from common.annotations.record import read_set
 from common.errors import UserError
@@ -79,7 +80,7 @@ def run(out: Path, *arguments: object) -> int:
 def small_is_official(monkeypatch: pytest.MonkeyPatch, tars: list[Path]) -> None:
     """Take the archives made here for the official ones."""
     counts = {"VOC2007/trainval": 6, "VOC2012/trainval": 5, "VOC2007/test": 4}
-    monkeypatch.setattr(importers, "OFFICIAL_COUNTS", counts)
+    monkeypatch.setattr(voc, "OFFICIAL_COUNTS", counts)
     for path in tars:
         md5 = hashlib.md5(path.read_bytes()).hexdigest()
         monkeypatch.setitem(importers.OFFICIAL_TARS, path.name, md5)
