@@ -241,7 +241,7 @@ def test_evaluated_pictures_are_spread_over_the_list(tmp_path: Path) -> None:
     """The first pictures of a list are often one folder, so of one class."""
     voc = make_devkit(tmp_path)
     (voc / "ImageSets/Main/test.txt").write_text("000\n002\n001\n003\n")  # cat, cat, dog, dog
-    data = read_set(tmp_path, SetChoice(classes=CLASSES, train_split="train"))
+    data = read_set(tmp_path, SetChoice(classes=CLASSES, test_only=True))
     cfg = load_config(CONFIGS / "thin_R50_C4.yaml", {"TEST.NUM_IMAGES": "2"})
     split = evaluated_split(cfg, data)
     assert [picture.image_id for picture in split.pictures] == ["000", "001"]
@@ -252,7 +252,8 @@ def test_evaluated_pictures_are_spread_over_the_list(tmp_path: Path) -> None:
 def test_the_check_demands_objects_that_count(tmp_path: Path, capsys) -> None:
     voc = make_devkit(tmp_path)
     words = ["random", "--config", str(CONFIGS / "thin_R50_C4.yaml"), "--data", str(tmp_path)]
-    words += ["--out", str(tmp_path / "out"), "--check", "all", "--json", "--train-split", "train"]
+    words += ["--out", str(tmp_path / "out"), "--check", "all", "--json"]
+    words += ["--train-split", "train", "--test-split", "test"]  # the same pictures
     assert main(words) == 0
     replaced(("<difficult>0", "<difficult>1"))(voc)
     assert main(words) == 2
