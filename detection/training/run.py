@@ -421,6 +421,7 @@ def check(settings: ArmSettings, *, has_data: bool) -> dict[str, Any]:
         for _ in range(2):  # the first warms up
             started = time.process_time()
             torch.stack(list(model([dict(item)]).values())).sum().backward()
+    torch.set_num_threads(num_threads)  # of the next check in this process
     seconds = (time.process_time() - started) / (num_threads if cfg.MODEL.DEVICE == "cpu" else 1)
     solver = cfg.SOLVER
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -254,7 +254,9 @@ def test_the_check_demands_objects_that_count(tmp_path: Path, capsys) -> None:
     words = ["random", "--config", str(CONFIGS / "thin_R50_C4.yaml"), "--data", str(tmp_path)]
     words += ["--out", str(tmp_path / "out"), "--check", "all", "--json"]
     words += ["--train-split", "train", "--test-split", "test"]  # the same pictures
+    torch.set_num_threads(2)
     assert main(words) == 0
+    assert torch.get_num_threads() == 2, "the next check of a process times as this one did"
     replaced(("<difficult>0", "<difficult>1"))(voc)
     assert main(words) == 2
     assert "list 'test': no object of the detector's classes" in capsys.readouterr().err
