@@ -17,6 +17,23 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from common.resnet import BLOCKS_PER_STAGE, Arch
 
+_HAS_AVX512 = torch.cpu._is_avx512_supported()
+
+
+class Shortcut(nn.Conv2d):
+    """The 1x1 convolution of a residual block's shortcut.
+
+    With AVX2 oneDNN (torch 2.15) writes past its memory at stride 2, channels-last and fewer than 8
+    input channels. There the pixels that count are picked first; the sums are the same.
+    """
+
+    def forward(self, input: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d y x"]:
+        """The convolution."""
+        if self.in_channels < 8 and input.device.type == "cpu" and not _HAS_AVX512:
+            step = self.stride[0]
+            return nn.functional.conv2d(input[:, :, ::step, ::step], self.weight)
+        return super().forward(input)
+
 
 class ResNet(nn.Module):
     """A ResNet without its classifier (He et al., 2016; stride in the 3x3, as torchvision).
@@ -31,8 +48,7 @@ class ResNet(nn.Module):
         residual_gamma: Initial weight of the last BN of each residual block. 1 is torchvision's;
             0 starts each block as the identity (Goyal et al., arXiv 1706.02677, section 5.1).
             Below 1 a deep, narrow net leaves the plateau of InfoNCE earlier; at 0 a short run
-            leaves the branches almost closed, and fine-tuning by SGD then hardly trains them
-            (docs/results.md).
+            leaves the branches almost closed, and fine-tuning by SGD then hardly trains them.
 
     Attributes:
         output_dim: Number of features.
@@ -77,7 +93,7 @@ class ResNet(nn.Module):
             downsample = None
             if stride != 1 or in_channels != out_channels:
                 downsample = nn.Sequential(
-                    nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
+                    Shortcut(in_channels, out_channels, 1, stride=stride, bias=False),
                     nn.BatchNorm2d(out_channels),
                 )
             own = (in_channels, planes, stride, downsample)

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torchvision
 
+from common import network
 from common import resnet as layouts
 from common.backbone import tensor_shapes
 from common.errors import UserError
@@ -119,3 +120,13 @@ def test_state_dict_that_is_no_resnet() -> None:
               if not name.startswith("layer3.1")}  # fmt: skip
     with pytest.raises(UserError, match=r"\(2, 2, 1, 2\) blocks per stage"):
         infer_arch(shapes)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_shortcut_that_picks_its_pixels_first_is_the_same_convolution(monkeypatch, stride):
+    monkeypatch.setattr(network, "_HAS_AVX512", False)
+    ours = network.Shortcut(4, 6, 1, stride=stride, bias=False).double()
+    plain = torch.nn.Conv2d(4, 6, 1, stride=stride, bias=False).double()
+    plain.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 4, 7, 9, dtype=torch.float64)
+    torch.testing.assert_close(ours(images), plain(images), rtol=1e-12, atol=1e-12)
