@@ -115,8 +115,11 @@ def test_contract(tmp_path):
     # `auto` takes bf16 where the processor has it; the libraries' steps take it in any case.
     is_native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     assert figures["precision"] == {
-        "ours": "bf16" if is_native else "fp32", "eager": "fp32", "solo-learn-like": "bf16", "lightly-like": "bf16",
-    }  # fmt: skip
+        "ours": "bf16" if is_native else "fp32",
+        "eager": "fp32",
+        "solo-learn-like": "bf16",
+        "lightly-like": "bf16",
+    }
 
 
 @pytest.mark.gpu
