@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from common.annotations.record import LabelledSet, PictureRecord
+from common.annotations.record import LabelledSet, PictureRecord, evenly
 from detection.evaluation.evaluate import labelled_picture
 
 NUM_SAMPLES = 6
@@ -17,11 +17,10 @@ def describe(data: LabelledSet) -> dict[str, Any]:
     """What labels.json holds (docs/files.md, section 5).
 
     A box's side is the root of its area, in pixels and as a share of the picture's. Samples are
-    training pictures with objects, at even distances.
+    training pictures with objects, see `evenly`.
     """
     train = [picture for split in data.train for picture in split.pictures]
     shown = [picture for picture in train if picture.objects]
-    places = range(min(NUM_SAMPLES, len(shown)))
     return {
         "format": "fa-labels-1",
         "name": data.name,
@@ -32,9 +31,7 @@ def describe(data: LabelledSet) -> dict[str, Any]:
             | _counts(train, data.classes),
             {"use": "test", "name": data.test.name} | _counts(data.test.pictures, data.classes),
         ],
-        "samples": [
-            labelled_picture(shown[place * len(shown) // len(places)], data) for place in places
-        ],
+        "samples": [labelled_picture(picture, data) for picture in evenly(shown, NUM_SAMPLES)],
     }  # fmt: skip
 
 
