@@ -214,8 +214,7 @@ def write_study(folder: Path, shards: Path, base: dict) -> list[str]:
 
 
 BASE = {
-    # 8 channels: with fewer oneDNN writes past its memory on a CPU of AVX2 (1 x 1, stride 2).
-    "arch": {"depth": 18, "width_per_group": 8, "stem_channels": 8, "res2_channels": 8},
+    "arch": {"depth": 18, "width_per_group": 4, "stem_channels": 4, "res2_channels": 4},
     "data": {"image_size": 32, "batch_size": 16, "num_workers": 0},
     "heads": {"projector_hidden_dim": 16, "predictor_hidden_dim": 16, "output_dim": 16},
     "objective": {"name": "infonce"},
