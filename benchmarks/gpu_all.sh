@@ -19,8 +19,8 @@ HELP
 
 # Not in the wheels, since a PyTorch machine has them, and they are large.
 expected="torch torchvision numpy cv2 PIL scipy tensorboard pytest"
-wheels="braceexpand docstring-parser fsspec jaxtyping jsonargparse pyyaml simplejpeg tqdm typeshed-client wadler-lindig webdataset
-zstandard"
+wheels="braceexpand docstring-parser fsspec hypothesis jaxtyping jsonargparse pyyaml simplejpeg sortedcontainers tqdm
+typeshed-client wadler-lindig webdataset zstandard"
 
 pack() {
     mkdir -p "$1"
@@ -45,16 +45,15 @@ case "${1:-}" in
     "") usage >&2 && exit 2 ;;
 esac
 
-cd "$root"
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3
-    [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
+    [ -x "$root/.venv/bin/python" ] && PYTHON="$root/.venv/bin/python"
 fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-if [ -d wheels ]; then
+if [ -d "$root/wheels" ]; then
     site="$(mktemp -d)"
     trap 'rm -rf "$site"' EXIT
-    "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" wheels/*.whl
+    "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$root"/wheels/*.whl
     export PYTHONPATH="$PYTHONPATH:$site"
 fi
 missing=""
@@ -62,4 +61,4 @@ for name in $expected; do
     "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$name') is None)" || missing+=" $name"
 done
 [ -z "$missing" ] || { echo "error: $PYTHON cannot import:$missing; install them there first" >&2 && exit 2; }
-"$PYTHON" benchmarks/gpu_all.py "$@"
+"$PYTHON" "$root/benchmarks/gpu_all.py" "$@"

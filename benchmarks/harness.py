@@ -14,7 +14,6 @@ import time
 import timeit
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +23,7 @@ import simplejpeg
 import torch
 from tqdm import tqdm
 
-from common.errors import command_parser, require, run_command
+from common.errors import command_parser, require, run_command, whole
 from common.files import write_json
 from common.provenance import versions
 from pretrain.collectives import choose_device
@@ -59,36 +58,27 @@ def make_parser(
         sizes: Adds ``--device`` and an option for each size, None where it is not given: for
             `chosen_sizes`. These are the defaults on a CPU.
     """
-    epilog = "Exit status: 0 done, 1 it went wrong, 2 wrong arguments."
-    parser = command_parser(description, epilog)
+    statuses = "Exit status: 0 done, 1 it went wrong, 2 wrong arguments."
+    parser = command_parser(f"{description}\n{statuses}")
     add = parser.add_argument
     add("--json", type=Path, metavar="OUT", help="write the figures here too")
     for name, default, least, text in counts:
         text += f"; default: {default}"
-        add(f"--{name}", type=partial(_whole, least), default=default, metavar="N", help=text)
+        add(f"--{name}", type=whole(least), default=default, metavar="N", help=text)
     if sizes is not None:
         add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
         for name, value in asdict(CUDA_SIZES).items():
             text = f"{getattr(sizes, name)} on a CPU, {value} on a GPU"
             least = {"batch_size": 2, "image_size": 16, "queue_size": 64}.get(name, 1)
             choices = (18, 34, 50, 101) if name == "depth" else None
-            add("--" + name.replace("_", "-"), type=partial(_whole, least), metavar="N",
+            add("--" + name.replace("_", "-"), type=whole(least), metavar="N",
                 choices=choices, help=text)  # fmt: skip
     return parser
-
-
-def _whole(least: int, text: str) -> int:
-    """A whole number that is not below the least; argparse reports what is raised."""
-    number = int(text)
-    if number < least:
-        raise argparse.ArgumentTypeError(f"{number}: must be at least {least}")
-    return number
 
 
 def run_and_report(
     measure: Callable[[], dict[str, Any]],
     out: Path | None,
-    is_success: Callable[[dict[str, Any]], bool] = lambda _: True,
     text_of: Callable[[dict[str, Any]], str] = lambda figures: json.dumps(figures, indent=1),
 ) -> int:
     """Measure, write the figures, print them.
@@ -96,20 +86,18 @@ def run_and_report(
     Args:
         measure: Returns the figures, by name.
         out: The file of ``--json``.
-        is_success: Whether these figures are as they must be.
         text_of: What is printed of them.
     Returns:
         Exit status: 0 done, 1 it went wrong, 2 wrong arguments.
     """
 
-    def work() -> int:
+    def work() -> None:
         has_folder = out is None or out.absolute().parent.is_dir()
         require(has_folder, f"--json {out}: its folder does not exist")
         figures = measure()
         if out is not None:
             write_json(out, figures)
         print(text_of(figures))
-        return 0 if is_success(figures) else 1
 
     # A RuntimeError is a GPU without memory, for instance.
     return run_command(work, failures=(RuntimeError,), when_interrupted="stopped")

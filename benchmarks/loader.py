@@ -176,11 +176,6 @@ def stage_times(work: Work, num_pictures: int) -> dict[str, float]:
     return {name: 1e6 * seconds / num_pictures for name, seconds in spent.items()}
 
 
-def stage_medians(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """The median over the rounds of each stage."""
-    return harness.medians({name: [one[name] for one in rounds] for name in rounds[0]})
-
-
 def result(measured: Rates) -> dict[str, Any]:
     """The figures for JSON; shares and ratios of medians of the same run."""
     median = {group: harness.medians(found) for group, found in measured.items()}
@@ -334,13 +329,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                         turns["peers", f"{recipe}, {size} px"] = peer.candidate(recipe, size)
             measured = harness.take_turns(turns, options.num_rounds)
         whole, num_due = works["ours", WHOLE.format(224)]
-        stages = [stage_times(whole, num_due) for _ in range(options.num_rounds + 1)]
+        # The first round warms up.
+        rounds = [stage_times(whole, num_due) for _ in range(options.num_rounds + 1)][1:]
         index.close()
     groups: Rates = {"decoders": {}, "ours": {}, "peers": {}}
     for (group, name), values in measured.items():
         groups[group][name] = values
     figures = result(groups) | {
-        "stages": stage_medians(stages[1:]),
+        "stages": harness.medians({name: [x[name] for x in rounds] for name in rounds[0]}),
         "num_rounds": options.num_rounds,
         "num_photos": num,
         "batch_size": options.batch_size,

@@ -53,6 +53,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import harness
 from benchmarks.harness import Clock, Sizes
 from common.errors import require
+from common.files import write_json
 from common.network import ResNet
 from pretrain.config import load_config
 from pretrain.data.input_pipeline import DeviceBatch
@@ -74,27 +75,32 @@ LR, MOMENTUM, WEIGHT_DECAY, ETA, TAU = 0.1, 0.9, 1e-6, 1e-3, 0.99
 # -- arms -----------------------------------------------------------------------------------------
 
 
-Switches = tuple[bool, bool, bool]  # cuDNN's search, TF32 in cuDNN, TF32 in matrix products
-FAST: Switches = (False, True, True)
-LIGHTNING: Switches = (False, True, False)
+Switches = tuple[bool, bool, str]  # cuDNN's search, TF32 in cuDNN, precision of matrix products
+FAST: Switches = (False, True, "high")
+LIGHTNING: Switches = (False, True, "highest")
 
 
 def switches_now() -> Switches:
     """PyTorch's global switches as they stand."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    return cudnn.benchmark, cudnn.allow_tf32, bool(matmul.allow_tf32)
+    cudnn = torch.backends.cudnn
+    return cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()
 
 
 @contextlib.contextmanager
 def switched(switches: Switches) -> Iterator[None]:
     """These in the context, what was before after it."""
-    cudnn: Any = torch.backends.cudnn
-    before, matmul = switches_now(), torch.backends.cuda.matmul
-    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = switches
+    before = switches_now()
     try:
+        _switch(*switches)
         yield
     finally:
-        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+        _switch(*before)
+
+
+def _switch(is_benchmarked: bool, has_tf32: bool, products: str) -> None:
+    cudnn: Any = torch.backends.cudnn
+    cudnn.benchmark, cudnn.allow_tf32 = is_benchmarked, has_tf32
+    torch.set_float32_matmul_precision(products)
 
 
 class Ours:
@@ -337,7 +343,7 @@ def check_same_loss(arms: dict[str, Arm], tolerance: float = 1e-4) -> dict[str, 
         RuntimeError: If one differs from ours by more than the tolerance, relative.
     """
     losses: dict[str, float] = {}
-    with switched((False, False, False)), torch.no_grad():
+    with switched((False, False, "highest")), torch.no_grad():
         for name, arm in arms.items():
             before = [(b, b.clone()) for network in arm.networks() for b in network.buffers()]
             losses[name] = float(arm.loss())
@@ -427,7 +433,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     device, sizes = harness.chosen_sizes(options, CPU_SIZES)
     is_gpu, peak = device.type == "cuda", options.peak_tflops
     require(peak is None or 0 < peak < math.inf, f"--peak-tflops {peak}: must be more than 0")
-    num_steps, num_wall_steps, num_warmups = (10, 40, 10) if is_gpu else (1, 6, 2)
+    num_steps, num_wall_steps, num_warmups = (10, 20, 10) if is_gpu else (1, 6, 2)
     num_workers = options.workers or max(1, (os.cpu_count() or 2) - 1)
     with tempfile.TemporaryDirectory() as name:
         folder, num_samples = Path(name), BATCHES_PER_EPOCH * sizes.batch_size
@@ -461,34 +467,39 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for name, arm in arms.items():
             with switched(arm.switches):
                 used[name] = precision_of(arm.autocast(), device)
+        median = harness.medians(rates)
+        ratios = {
+            f"ours/{name}": harness.ratios(rates["ours"], of_rival)
+            for name, of_rival in rates.items()
+            if name != "ours"
+        }
+        figures = {
+            **harness.context(device, sizes),
+            "images_per_second": median,
+            "mfu": peak and median["ours"] * per_picture / (1e12 * peak),
+            "convolutions": convolutions,
+            "ratios": harness.medians(ratios),
+            "ratio_range": harness.ranges(ratios),
+            "range": harness.ranges(rates),
+            "flops_per_picture": per_picture,
+            "loss_in_fp32": losses,
+            "precision": used,
+            "clock": clock.name,
+            "num_rounds": options.rounds,
+            "num_workers": num_workers,
+            "settings": options.settings,
+        }
+        if options.json is not None:  # a time limit then costs the rest alone
+            write_json(options.json, figures)
         ours: Any = arms.pop("ours")
         arms.clear()
         wall = wall_rates(ours, options.rounds, num_wall_steps, 2 * num_workers + 2)
-    median = harness.medians(rates)
-    ratios = {
-        f"ours/{name}": harness.ratios(rates["ours"], of_rival)
-        for name, of_rival in rates.items()
-        if name != "ours"
-    }
     shares = harness.ratios(wall["shards"], wall["synthetic"])
     return {
-        **harness.context(device, sizes),
-        "images_per_second": median,
-        "mfu": peak and median["ours"] * per_picture / (1e12 * peak),
+        **figures,
         "from_shards_share": statistics.median(shares),
-        "convolutions": convolutions,
-        "ratios": harness.medians(ratios),
-        "ratio_range": harness.ranges(ratios),
-        "range": harness.ranges(rates),
         "wall_images_per_second": harness.medians(wall),
         "share_range": [min(shares), max(shares)],
-        "flops_per_picture": per_picture,
-        "loss_in_fp32": losses,
-        "precision": used,
-        "clock": clock.name,
-        "num_rounds": options.rounds,
-        "num_workers": num_workers,
-        "settings": options.settings,
     }
 
 

@@ -8,6 +8,7 @@ caller. If nothing states it, a Detectron2 file is refused; for the other layout
 statistics are assumed, and `notes` says so.
 """
 
+import argparse
 import contextlib
 import re
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from torch import Tensor
 from common import checkpoints, resnet
 from common.errors import UserError
 from common.files import read_json, read_json_or_none, sha256_of
-from common.network import ResNet
+from common.network import ResNet, shapes_alone
 from common.resnet import D2_CARD, TORCHVISION_CARD
 
 _HUB_CONFIG = "pretrained_cfg of config.json"  # the key under which its pixel statistics are kept
@@ -76,6 +77,17 @@ def _checked(mean: tuple[float, ...], std: tuple[float, ...]) -> Preprocessing:
             f"mean {mean} / std {std}: give three numbers each, for pixels in [0, 1], std above 0"
         )
     return Preprocessing((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
+
+
+def reading_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What `read_backbone` is told beside the file, from `resnet.add_reading_options`."""
+    pixels, stride = options.preprocessing, options.stride_in
+    return {
+        "layout": options.layout,
+        "branch": options.branch,
+        "preprocessing": parse_preprocessing(pixels) if pixels else None,
+        "stride_in_1x1": stride == "1x1" if stride else None,
+    }
 
 
 # -- the card beside a file -----------------------------------------------------------------------
@@ -353,7 +365,7 @@ def tensor_shapes(arch: resnet.Arch) -> dict[str, tuple[int, ...]]:
 
     Names and order are those of torchvision's state_dict.
     """
-    with torch.device("meta"):
+    with shapes_alone():
         state = ResNet(arch).state_dict()
     return {name: tuple(x.shape) for name, x in state.items() if not name.endswith(resnet.COUNTER)}
 

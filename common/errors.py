@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -249,12 +250,28 @@ def _may_be_value(action: argparse.Action, word: str) -> bool:
         return False
 
 
-def command_parser(
-    description: str | None, epilog: str | None = None, **more: Any
-) -> argparse.ArgumentParser:
-    """A parser whose help keeps the line breaks of its texts."""
+def command_parser(description: str | None, **more: Any) -> argparse.ArgumentParser:
+    """A parser whose help keeps the line breaks of its texts.
+
+    Args:
+        description: A module's docstring; from its line "Examples:" on it stands below the options.
+        more: As `argparse.ArgumentParser` takes it.
+    """
+    above, *below = re.split(r"^(?=Examples?:$)", description or "", maxsplit=1, flags=re.M)
     layout = argparse.RawDescriptionHelpFormatter
-    return _Parser(description=description, epilog=epilog, formatter_class=layout, **more)
+    return _Parser(description=above, epilog="".join(below), formatter_class=layout, **more)
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of options that take whole numbers not below a bound."""
+
+    def whole_number(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text}: give {least} or more")
+        return number
+
+    return whole_number
 
 
 def add_check_options(parser: argparse.ArgumentParser) -> None:

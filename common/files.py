@@ -434,16 +434,13 @@ def inside(folder: Path, relative: str) -> Path:
     return path
 
 
-def remove(folder: Path, relative: str) -> bool:
-    """Remove `folder/relative` (file, tree or link, links are not followed); True if it existed."""
+def remove(folder: Path, relative: str) -> None:
+    """Remove `folder/relative` (file, tree or link, links are not followed) if it is there."""
     path = inside(folder, relative)
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.is_dir():
         shutil.rmtree(path)
-    else:
-        return False
-    return True
 
 
 def cache_folder(root: Path) -> Path:
@@ -534,7 +531,7 @@ def _set_lock(file: int | IO[Any], kind: int, *, of_process: bool = False) -> No
 
 
 @contextmanager
-def locked(path: Path, *, patience: float = 0.0, of_process: bool = False) -> Iterator[bool]:
+def locked(path: Path, *, patience: float = 0.0, of_process: bool = False) -> Iterator[int | None]:
     """Hold a lock by name; the file is there only while somebody holds or wants it.
 
     Args:
@@ -542,7 +539,7 @@ def locked(path: Path, *, patience: float = 0.0, of_process: bool = False) -> It
         patience: Seconds to wait for it; `math.inf` for ever.
         of_process: As in `lock_file`.
     Yields:
-        True if it is held now.
+        The file descriptor of the lock, None if somebody else holds it.
     """
     deadline = time.monotonic() + patience
     descriptor = None
@@ -566,7 +563,7 @@ def locked(path: Path, *, patience: float = 0.0, of_process: bool = False) -> It
     try:
         if descriptor is not None:
             note_holder(descriptor)
-        yield descriptor is not None
+        yield descriptor
     finally:
         if descriptor is not None:
             path.unlink(missing_ok=True)
@@ -575,7 +572,7 @@ def locked(path: Path, *, patience: float = 0.0, of_process: bool = False) -> It
 
 
 @contextmanager
-def held(path: Path, *, patience: float | None = None, of_process: bool = True) -> Iterator[None]:
+def held(path: Path, *, patience: float | None = None, of_process: bool = True) -> Iterator[int]:
     """Hold a lock by name, as `locked`, or refuse to go on.
 
     The lock is this process's own: loaders' workers do not inherit it, and the system frees it
@@ -585,15 +582,18 @@ def held(path: Path, *, patience: float | None = None, of_process: bool = True) 
         path: Of the lock file, in a folder that is there.
         patience: Seconds to wait for it; None: `HOLD_SECONDS`.
         of_process: As in `lock_file`.
+    Yields:
+        The file descriptor of the lock; a child that inherits it holds the lock as well, unless it
+        is the process's own.
     Raises:
         UserError: If somebody else holds it; says who.
     """
     patience = HOLD_SECONDS if patience is None else patience
-    with locked(path, patience=patience, of_process=of_process) as is_mine:
-        if not is_mine:
+    with locked(path, patience=patience, of_process=of_process) as descriptor:
+        if descriptor is None:
             place = path.parent if path.name == LOCK else path.with_suffix("")
             raise UserError(f"{place}: {holder(path)}; wait for it, stop it, or choose another out")
-        yield
+        yield descriptor
 
 
 def note_holder(descriptor: int) -> None:

@@ -7,6 +7,7 @@ orientation says, as browsers and Pillow's `ImageOps.exif_transpose` do; one tha
 unknown counts as 1. What a file may cost, in time and memory, is bounded before it is decoded.
 """
 
+import contextlib
 import io
 import re
 import warnings
@@ -136,18 +137,12 @@ def from_pillow(picture: Image.Image, *, where: str) -> np.ndarray:
 def _decode_stored(data: Encoded, where: str) -> tuple[np.ndarray, int]:
     """As `decode`, but not upright: the pixels and the orientation that is to be applied."""
     if data[:2] == _JPEG:
-        orientation, _ = _check_jpeg(data, where)
-        try:
-            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-            _check_size(int(width), int(height), where)
-            if colorspace not in _FOUR_COLOURS:
-                # accurate DCT, as Pillow's
-                return simplejpeg.decode_jpeg(data, "RGB"), orientation
-        except BadPicture:
-            raise
-        except ValueError:
-            pass  # damaged a little or a lot: Pillow forgives stray bytes, but not a missing end
-        return _decode_pillow(data, where), orientation
+        header = read_header(data, where=where)
+        if header.is_fast:
+            # Damaged a little or a lot: Pillow forgives stray bytes, but not a missing end.
+            with contextlib.suppress(ValueError):
+                return simplejpeg.decode_jpeg(data, "RGB"), header.orientation  # accurate DCT
+        return _decode_pillow(data, where), header.orientation
     _, orientation = _open_header(io.BytesIO(data), where)
     # The formats in which OpenCV is faster than Pillow and agrees with it: PNG and WebP.
     if data[:8] == _PNG or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
@@ -215,13 +210,11 @@ def read_header(data: Encoded, *, where: str) -> Header:
     (orientation, height_at), is_fast = _check_jpeg(data, where), False
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        _check_size(int(width), int(height), where)
         is_fast = colorspace not in _FOUR_COLOURS
-    except BadPicture:
-        raise
     except ValueError:  # damaged
         shape, _ = _open_header(io.BytesIO(data), where)
         height, width = shape.stored_size
+    _check_size(int(width), int(height), where)
     if orientation >= 5:
         height, width = width, height
     return Header(int(height), int(width), is_fast, orientation, height_at)
@@ -253,10 +246,8 @@ def decode_fast(
             image = decode_upper_rows(data, header, num_rows, reduction)
             if image is not None:
                 return image, reduction
-        try:
+        with contextlib.suppress(ValueError):  # damaged a little or a lot: Pillow decides
             return decode_fastest(data, header.stored_size, reduction), reduction
-        except ValueError:
-            pass  # damaged a little or a lot: Pillow decides
     return _decode_stored(data, where)[0], 1
 
 

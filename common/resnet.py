@@ -5,6 +5,7 @@ checkpoint to such a name or drops it with a reason. `detectron2_name` and `torc
 translate one name, and back.
 """
 
+import argparse
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -113,6 +114,18 @@ def infer_arch(shapes: Mapping[str, tuple[int, ...]]) -> Arch:
 
 LAYOUTS = ("ours", "torchvision", "timm", "moco", "solo-learn", "lightly", "detectron2")
 BRANCHES = ("online", "ema")
+
+
+def add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """What weights do not say of themselves; `common.backbone.reading_of` takes the options."""
+    add = parser.add_argument
+    add("--branch", choices=BRANCHES, default="online", help="which network (default: online)")
+    add("--layout", choices=("auto", *LAYOUTS), default="auto", help="key names (default: auto)")
+    add("--preprocessing", metavar="SPEC", help="imagenet (other projects' default), half, or "
+        "mean/std in [0, 1] as 0.485,0.456,0.406/0.229,0.224,0.225")  # fmt: skip
+    add("--stride-in", choices=("3x3", "1x1"), help="where the bottlenecks of a Detectron2 file "
+        "without a card have their stride")  # fmt: skip
+
 
 _HEAD = "a head or state of pretraining; the detector has its own"
 _OTHER_BRANCH = "the other branch (see --branch)"

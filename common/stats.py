@@ -143,14 +143,11 @@ class Contrast:
         return treated, control
 
 
-def compare(
-    contrasts: Sequence[Contrast], *, higher_is_better: bool = True
-) -> list[dict[str, Any]]:
+def compare(contrasts: Sequence[Contrast]) -> list[dict[str, Any]]:
     """Compare, correct for the number of comparisons, and judge.
 
     Args:
         contrasts: The comparisons of one table: the family of Holm's correction.
-        higher_is_better: Sense of the metric.
     Returns:
         For each contrast what `paired_difference` gives, and `name`, `decides`, `p` (paired t),
         `p_permutation` (sign changes), `p_holm`, `verdict`; p are None below two seeds.
@@ -166,18 +163,18 @@ def compare(
         )
     for row, p_holm in zip(rows, holm([row["p"] for row in rows]), strict=True):
         row["p_holm"] = p_holm
-        row["verdict"] = verdict(row, higher_is_better=higher_is_better)
+        row["verdict"] = verdict(row)
     return rows
 
 
-def verdict(row: Mapping[str, Any], *, higher_is_better: bool = True) -> str:
-    """'better', 'worse' or 'inconclusive', by RULE."""
+def verdict(row: Mapping[str, Any]) -> str:
+    """'better', 'worse' or 'inconclusive', by RULE; higher is better."""
     interval, p_holm = row["bootstrap"], row["p_holm"]
     if row["n"] < MIN_SEEDS or interval is None or p_holm is None or not p_holm < 1 - LEVEL:
         return "inconclusive"
     if interval[0] <= 0 <= interval[1]:
         return "inconclusive"
-    return "better" if (row["mean"] > 0) == higher_is_better else "worse"
+    return "better" if row["mean"] > 0 else "worse"
 
 
 def claim_verdict(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -22,7 +22,7 @@ from common.picture_draws import METRICS, draw_pictures, intervals, read_draws, 
 from common.threads import choose_threads
 from detection.evaluation.evaluate import evaluate_detector
 from detection.evaluation.resampled_ap import resampled_ap
-from detection.predict import MODEL_FILE, load_detector
+from detection.predict import MODEL_FILE, finished_seeds, load_detector
 from detection.training import run
 from detection.training.data import build_test_loader, register
 
@@ -66,7 +66,7 @@ def evaluate_on(
                 f"{key}: with --eval-on the detector's own config is used, only keys of TEST may "
                 "change; leave it out"
             )
-    folders = _finished_seeds(out, seeds)
+    folders = _seeds_to_evaluate(out, seeds)
     with ExitStack() as locks:
         for folder in folders:
             locks.enter_context(held(folder / LOCK))
@@ -165,16 +165,11 @@ def result_name(root: Path, split: str | None) -> str:
     return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", part) for part in parts)
 
 
-def _finished_seeds(out: Path, seeds: Sequence[int] | None) -> list[Path]:
+def _seeds_to_evaluate(out: Path, seeds: Sequence[int] | None) -> list[Path]:
     """Folders of the seeds to evaluate, all of them finished."""
     if not out.is_dir():
         raise UserError(f"{out}: no such folder; --out must hold trained seeds (seed-0, ..)")
-    if seeds is None:
-        finished = [path.parent for path in out.glob("seed-*/result.json")]
-        numbered = [path for path in finished if path.name.removeprefix("seed-").isdecimal()]
-        folders = sorted(numbered, key=lambda path: int(path.name.removeprefix("seed-")))
-    else:
-        folders = [out / f"seed-{seed}" for seed in seeds]
+    folders = finished_seeds(out) if seeds is None else [out / f"seed-{seed}" for seed in seeds]
     if not folders:
         raise UserError(f"{out}: holds no finished seed (seed-N/result.json); {_REPEAT}")
     for folder in folders:

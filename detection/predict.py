@@ -185,14 +185,15 @@ def find_weights(path: Path) -> Path:
 
 
 def _first_seed(arm: Path) -> Path | None:
-    """The finished seed of the lowest number."""
-    seeds = [
-        seed
-        for seed in arm.glob("seed-*")
-        if seed.name[5:].isdecimal()
-        and all((seed / name).is_file() for name in (MODEL_FILE, "result.json"))
-    ]
-    return min(seeds, key=lambda seed: int(seed.name[5:]), default=None)
+    """The finished seed of the lowest number that has its weights."""
+    return next((seed for seed in finished_seeds(arm) if (seed / MODEL_FILE).is_file()), None)
+
+
+def finished_seeds(arm: Path) -> list[Path]:
+    """The folders seed-N of an arm that have a result, by number."""
+    seeds = [file.parent for file in arm.glob("seed-*/result.json") if file.is_file()]
+    numbered = [seed for seed in seeds if seed.name.removeprefix("seed-").isdecimal()]
+    return sorted(numbered, key=lambda seed: int(seed.name.removeprefix("seed-")))
 
 
 def _average_precision(seed: Path | None) -> float:
@@ -227,8 +228,9 @@ def load_detector(
         cfg, classes = read_description(content["detector"], str(weights))
     else:
         cfg, classes = _read_beside(weights)
-    cfg = merged(cfg, overrides or {})
-    check_values(cfg, weights)
+    if overrides:
+        cfg = merged(cfg, overrides)
+        check_values(cfg, weights)
     cfg.MODEL.DEVICE = device
     cfg.MODEL.WEIGHTS = ""
     cfg.freeze()

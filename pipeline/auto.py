@@ -22,7 +22,7 @@ from common.config import in_one_line, read_settings, with_overrides
 from common.errors import UserError, duration, printable, require
 from common.files import read_text, write_text
 from pipeline.config import PipelineConfig, load_config
-from pipeline.experiment import ROOT, ask
+from pipeline.experiment import ROOT, as_settings, ask
 from pipeline.own_data import OwnData, num_bad, survey
 from pipeline.plan import build_stages, joined_options
 from pipeline.run import has_nvidia_gpu, side_by_side
@@ -32,9 +32,6 @@ BUDGETS = {"quick": 600, "hour": 3600, "night": 10 * 3600}
 """Seconds of a whole run."""
 _GIVEN = "# given: "
 _BEFORE = "# Before what was given, with the reason of each size:\n"
-_OPTION = re.compile(
-    r"--(format|classes|train-split|test-split|exif|max-left-out)\b(?: (stored|\d+))?"
-)
 _PLANNED_SHARE = 0.75  # of the budget: one measured step tells the time roughly
 _PRETRAIN_SHARE = 0.45  # of the time for training
 _SEEDS = {"quick": 1, "hour": 3, "night": 5}
@@ -351,11 +348,6 @@ detection:
 """
 
 
-def _as_settings(text: str) -> str:
-    """A message with the options of `tools/train_voc.sh` as settings of the YAML."""
-    return _OPTION.sub(lambda x: f"detection.options.{x[1].replace('-', '_')}={x[2] or '..'}", text)
-
-
 def prepare(
     images: Path | None,
     labels: Path,
@@ -419,13 +411,13 @@ def prepare(
     try:
         data, machine = survey(images, labels, joined_options(given)), this_machine()
     except UserError as error:
-        raise UserError(_as_settings(str(error))) from None
+        raise UserError(as_settings(str(error))) from None
     more = f" ({', '.join(data.classes[:5])}{', ..' * (len(data.classes) > 5)})"
     say(f"pictures: {data.pool}: {data.num_pool} to pretrain on")
     say(f"labels:   {labels}: {data.num_train} to train on, {data.num_test} to evaluate, "
           f"{len(data.classes)} classes{more}")  # fmt: skip
     for note in data.notes:
-        say(f"note:     {_as_settings(note)}")
+        say(f"note:     {as_settings(note)}")
     say(f"machine:  {machine.text()}; measuring steps ..")
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", out.name).strip("-.") or "own"
     sizes = choose(data, machine, budget, name, out)

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections import defaultdict
@@ -20,7 +21,7 @@ from typing import Any
 
 from common import provenance
 from common.config import to_plain
-from common.errors import EACH, RunFailed, UserError, add_slurm_option, duration, require
+from common.errors import EACH, RunFailed, UserError, add_slurm_option, duration, require, whole
 from common.files import cache_folder, read_record_or_none, write_json
 from pipeline import results
 from pipeline.config import PipelineConfig
@@ -32,8 +33,12 @@ ROOT = Path(__file__).resolve().parents[1]
 CHECKS_FILE = "checks.json"
 _MOST_KEPT = 200  # checks of dry runs
 _CODE = ("common", "detection", "pipeline", "pretrain", "tools")
-_LEAST = {"seeds": 1, "parallel": 1, "cpus_per_run": 1, "time_minutes": 1, "gpus_per_run": 0,
-          "max_failures": 0}  # fmt: skip
+# Options of tools/train_voc.sh that its messages name, and the settings that are no `options`.
+_OPTION = re.compile(
+    r"--(format|classes|train-split|test-split|exif|max-left-out|metric-year|num-gpus|data|seeds)\b"
+    r"(?: (stored|\d+))?"
+)
+_SETTINGS = {"data": "data.dataset", "seeds": "detection.seeds"}
 
 
 # -- options --------------------------------------------------------------------------------------
@@ -47,16 +52,16 @@ def add_run_options(main_parser: argparse.ArgumentParser, max_failures: int) -> 
     text = f"stop in time: {SAVE_SECONDS:g} s before, stages save; exit status 3"
     add("--max-minutes", type=float, metavar="N", help=text)
     text = f"begin nothing more after more than N failures (default: {max_failures})"
-    add("--max-failures", type=int, default=max_failures, metavar="N", help=text)
+    add("--max-failures", type=whole(0), default=max_failures, metavar="N", help=text)
     group = main_parser.add_argument_group("where stages run")
     add = group.add_argument
     text = "slurm: those that can resume are queued through submitit (default: local)"
     add("--cluster", choices=("local", "slurm"), default="local", help=text)
-    add("--parallel", type=int, metavar="N", help="stages side by side")
-    add("--gpus-per-run", type=int, metavar="N", help="SLURM: of each job (default: 0)")
-    add("--cpus-per-run", type=int, metavar="N", help="threads of each, processors of a job")
+    add("--parallel", type=whole(1), metavar="N", help="stages side by side")
+    add("--gpus-per-run", type=whole(0), metavar="N", help="SLURM: of each job (default: 0)")
+    add("--cpus-per-run", type=whole(1), metavar="N", help="threads of each, processors of a job")
     text = "SLURM: time limit; then the job is queued again (default: 240)"
-    add("--time-minutes", type=int, default=240, metavar="T", help=text)
+    add("--time-minutes", type=whole(1), default=240, metavar="T", help=text)
     add("--partition", metavar="P", help="SLURM partition")
     add_slurm_option(group)
 
@@ -67,10 +72,6 @@ def limits_of(options: argparse.Namespace, **defaults: Any) -> Limits:
     Raises:
         UserError: For a number that cannot be.
     """
-    for name, smallest in _LEAST.items():
-        value = getattr(options, name, None)
-        if value is not None and value < smallest:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give {smallest} or more")
     given = {
         "parallel": options.parallel,
         "threads": options.cpus_per_run,
@@ -194,11 +195,23 @@ def ask(stages: Mapping[str, Stage], root: Path, **environment: str) -> list[dic
         [*program, EACH], cwd=root, env=os.environ | environment | {"PYTHONPATH": str(root)},
         input=json.dumps(words), capture_output=True, text=True, check=False,
     )  # fmt: skip
-    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    is_detection = all(stage.kind == "detection" for stage in stages.values())
+    said = as_settings(done.stdout) if is_detection else done.stdout
+    answers = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     if len(answers) < len(words):
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"the checks of {Path(program[1]).name} broke: {last}")
     return answers
+
+
+def as_settings(text: str) -> str:
+    """A message of `tools/train_voc.sh` with its options as settings of the experiment."""
+
+    def setting(option: re.Match[str]) -> str:
+        name = option[1].replace("-", "_")
+        return f"{_SETTINGS.get(name, f'detection.options.{name}')}={option[2] or '..'}"
+
+    return _OPTION.sub(setting, text)
 
 
 def _contradictions(

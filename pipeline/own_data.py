@@ -11,15 +11,8 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from common.annotations import record
 from common.annotations.formats import voc
-from common.annotations.record import (
-    LabelledSet,
-    PictureRecord,
-    SetChoice,
-    only_folder,
-    read_class_names,
-    read_set,
-)
 from common.errors import UserError, no_such_file, require
 from common.files import walk
 from common.pictures import PICTURE_SUFFIXES, decode, is_picture_file, read_file
@@ -141,21 +134,21 @@ def survey(images: Path | None, labels: Path, options: Mapping[str, Any] | None 
     )
 
 
-def _choice(options: Mapping[str, Any]) -> SetChoice:
+def _choice(options: Mapping[str, Any]) -> record.SetChoice:
     """How a set is read, by options of `tools/train_voc.sh`."""
     names = ("format", "train_split", "test_split", "exif")
     given: dict[str, Any] = {x: str(options[x]) for x in names if options.get(x) is not None}
     if options.get("classes") is not None:
-        given["classes"] = tuple(read_class_names(str(options["classes"])))
+        given["classes"] = tuple(record.read_class_names(str(options["classes"])))
     number = options["max_left_out"]
     require(isinstance(number, int), f"--max-left-out {number}: give a whole number")
-    return SetChoice(max_left_out=number, **given)
+    return record.SetChoice(max_left_out=number, **given)
 
 
-def _labelled(images: Path | None, labels: Path, choice: SetChoice) -> LabelledSet:
+def _labelled(images: Path | None, labels: Path, choice: record.SetChoice) -> record.LabelledSet:
     """The labelled set; what is wrong with it, and what to try instead."""
     try:
-        return read_set(labels, choice)
+        return record.read_set(labels, choice)
     except UserError as error:
         if images is None or images.resolve() == labels.resolve():
             raise UserError(f"--labels {error}") from None
@@ -167,7 +160,7 @@ def _labelled(images: Path | None, labels: Path, choice: SetChoice) -> LabelledS
         tries.append((above, f"do its pictures lie in {images}? Give --labels {above}"))
     for folder, remedy in tries:
         try:
-            read_set(folder, choice)
+            record.read_set(folder, choice)
         except UserError:
             continue
         raise UserError(f"--labels {fault}\n  {folder} holds labelled pictures: {remedy}")
@@ -177,7 +170,7 @@ def _labelled(images: Path | None, labels: Path, choice: SetChoice) -> LabelledS
 def _pool_of(folder: Path) -> tuple[Path, str | None, list[str]]:
     """The pictures of a folder: where they are, a sub-folder or list to choose, and remarks."""
     years = voc.year_folders(folder) or voc.year_folders(folder / "VOCdevkit")
-    if not years and (inner := only_folder(folder)) is not None:
+    if not years and (inner := record.only_folder(folder)) is not None:
         return _pool_of(inner)
     if years:
         if len(years) == 1 and (years[0] / "JPEGImages").is_dir():
@@ -196,7 +189,7 @@ def _pool_of(folder: Path) -> tuple[Path, str | None, list[str]]:
     return folder, train, notes + [f"pool: {loose} pictures beside these: left out"] * (loose > 0)
 
 
-def _decode_seconds(pictures: list[PictureRecord]) -> float:
+def _decode_seconds(pictures: list[record.PictureRecord]) -> float:
     """Processor time of decoding a picture; the median of some."""
     took = []
     for picture in pictures[:: max(1, len(pictures) // 5)][:5]:

@@ -5,16 +5,13 @@ Each stage leaves a JSON file.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
 import hashlib
 import itertools
 import json
-import os
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +19,8 @@ from typing import Any
 from common.config import dotted, find_config, read_yaml, read_yaml_with_bases, to_plain
 from common.errors import UserError
 from common.files import (
-    LOCK,
     Form,
-    check_out_folder,
     has_form,
-    holder,
-    lock_file,
-    note_holder,
     read_json_or_none,
     read_record_or_none,
     sha256_of,
@@ -51,7 +43,6 @@ _RUN_FACTS: Form = {  # older versions may lack some
     "command": list,
 }
 _STAGE_FORM: Form = {"format": str, "status": str}
-_LOCK_WAIT_SECONDS = 10.0  # a loader's workers look for their killed parent every 5 s
 
 
 @dataclass(frozen=True)
@@ -250,34 +241,6 @@ def read_run(out: Path) -> dict[str, Any]:
 def now() -> str:
     """Return the time of day with the zone, to the second."""
     return datetime.datetime.now(datetime.UTC).astimezone().isoformat(timespec="seconds")
-
-
-@contextlib.contextmanager
-def lock(out: Path) -> Iterator[int]:
-    """Hold the lock of a run's folder, which is made; yields its file descriptor.
-
-    Stages inherit the descriptor, so that the folder stays locked while a stage of a killed run
-    is still going on.
-
-    Raises:
-        UserError: If another run holds it.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    check_out_folder(out)
-    descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        deadline = time.monotonic() + _LOCK_WAIT_SECONDS  # a stage of a killed run may just end
-        while not lock_file(descriptor, out):
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"another run is going on in {out}: {holder(out / LOCK)}; wait for it, stop "
-                    "it, or choose another --out"
-                )
-            time.sleep(0.2)
-        note_holder(descriptor)
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 _OPENCV = ("opencv-python", "opencv-python-headless")

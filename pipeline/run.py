@@ -23,13 +23,14 @@ from typing import Any, Literal, TextIO
 
 from common import provenance
 from common.errors import RunFailed, StoppedBySignal, UserError, duration
-from common.files import inside, is_whole, remove
+from common.files import LOCK, check_out_folder, held, inside, is_whole, remove
 from pipeline.jobs import ClusterJob, CommandJob, Finished, LocalJob, SlurmSettings, last_line
-from pipeline.plan import Stage, StageStore, digest, explain, input_digest, lock, now
+from pipeline.plan import Stage, StageStore, digest, explain, input_digest, now
 
 SAVE_SECONDS = 20.0  # before the end of a call that is limited, stages are asked to save
 GRACE_SECONDS = 30.0
 """Time between passing a signal on and ending a stage for good."""
+LOCK_WAIT_SECONDS = 10.0  # a loader's workers look for their killed parent every 5 s
 _AUTO_AT_MOST = 4
 _POLL_SECONDS = 0.1
 _SHOWN_EVERY_SECONDS = {True: 0.2, False: 30.0}  # on a terminal, and elsewhere
@@ -198,7 +199,11 @@ class Runner:
         """
         limits, start = self.limits, time.monotonic()
         stop_at = start + 60 * limits.minutes - SAVE_SECONDS if limits.minutes else float("inf")
-        with lock(self.out) as descriptor, signals_noted() as signals:
+        self.out.mkdir(parents=True, exist_ok=True)
+        check_out_folder(self.out)
+        # Stages inherit the lock: the folder stays locked while one of a killed run goes on.
+        lock = held(self.out / LOCK, patience=LOCK_WAIT_SECONDS, of_process=False)
+        with lock as descriptor, signals_noted() as signals:
             self.store.load()  # Another run may have written before the lock was ours.
             for name in sorted(self.store.damaged):
                 progress.say(f"warning: the record of {name} in {self.out} is damaged")

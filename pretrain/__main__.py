@@ -1,4 +1,14 @@
-"""``python -m pretrain CONFIG [key=value ...]``: what tools/pretrain.sh calls."""
+"""Pretrain a ResNet on WebDataset shards: contrastive learning with feature augmentation.
+
+tools/pretrain.sh starts it as ``python -m pretrain``.
+
+Example:
+  tools/pretrain.sh demo out=runs/first data.shards=data/shards optim.epochs=9
+  tools/pretrain.sh demo out=runs/first data.shards=data/shards --resume
+
+Several processes: NPROC=8 tools/pretrain.sh ... starts them with torchrun.
+--print-config shows every key, with its value after all overrides.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +18,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import (
-    EACH,
-    add_check_options,
-    command_parser,
-    memory_remedy,
-    print_check,
-    require,
-    run_command,
-    run_or_check_each,
-)
+from common import errors
 from common.memory import keep_freed_memory
-
-EXAMPLE = """\
-example:
-  tools/pretrain.sh demo out=runs/first data.shards=data/shards optim.epochs=9
-  tools/pretrain.sh demo out=runs/first data.shards=data/shards --resume
-
-Several processes: NPROC=8 tools/pretrain.sh ... starts them with torchrun.
---print-config shows every key, with its value after all overrides."""
 
 OUT_OF_MEMORY = (
     "lower optim.micro_batch_size, data.num_workers, data.batch_size or data.image_size, or set "
@@ -37,10 +30,7 @@ OUT_OF_MEMORY = (
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    description = (
-        "Pretrain a ResNet on WebDataset shards: contrastive learning with feature augmentation."
-    )
-    parser = command_parser(description, EXAMPLE, prog="tools/pretrain.sh")
+    parser = errors.command_parser(__doc__, prog="tools/pretrain.sh")
     parser.add_argument("config", help="YAML file, or a preset of configs/pretrain/, as demo")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.epochs=20")
     parser.add_argument(
@@ -57,13 +47,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "and a trace for ui.perfetto.dev; nothing is trained",
     )  # fmt: skip
     parser.add_argument("--print-config", action="store_true", help="show the config and stop")
-    add_check_options(parser)
+    errors.add_check_options(parser)
     return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0; 1 it went wrong; 2 wrong arguments or input; 128 + signal."""
-    if arguments is None or EACH in sys.argv:  # a process of its own
+    if arguments is None or errors.EACH in sys.argv:  # a process of its own
         keep_freed_memory()
     options = parse(arguments)
     # After --help, which should not wait.
@@ -86,33 +76,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from pretrain.run import check, make_trainer
 
         begin_program()
-        try:
-            with memory_remedy(OUT_OF_MEMORY):
-                if options.check:
-                    facts = check(config, has_data=options.check == "all")
-                    print_check(facts, as_json=options.json)
+        with dist.in_group(), errors.memory_remedy(OUT_OF_MEMORY):
+            if options.check:
+                facts = check(config, has_data=options.check == "all")
+                errors.print_check(facts, as_json=options.json)
+                return 0
+            is_profile = options.profile is not None
+            errors.require(
+                not (is_profile and options.resume), "--profile runs by itself: leave out --resume"
+            )
+            trainer = make_trainer(
+                config, resume=options.resume, allow_changes=options.allow_changes
+            )
+            with contextlib.closing(trainer.batches):
+                if is_profile:
+                    profile(trainer, options.profile)
                 else:
-                    is_profile = options.profile is not None
-                    require(
-                        not (is_profile and options.resume),
-                        "--profile runs by itself: leave out --resume",
-                    )
-                    trainer = make_trainer(
-                        config, resume=options.resume, allow_changes=options.allow_changes
-                    )
-                    with contextlib.closing(trainer.batches):
-                        if is_profile:
-                            profile(trainer, options.profile)
-                        else:
-                            trainer.train()
-        finally:
-            dist.stop()
+                    trainer.train()
         return 0
 
-    return run_command(
-        work, when_interrupted="stopped; with --resume the same command goes on from the checkpoint"
-    )
+    interrupted = "stopped; with --resume the same command goes on from the checkpoint"
+    return dist.end_process(errors.run_command(work, when_interrupted=interrupted))
 
 
 if __name__ == "__main__":
-    sys.exit(run_or_check_each(main))
+    sys.exit(errors.run_or_check_each(main))

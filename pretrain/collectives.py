@@ -5,11 +5,14 @@ The operations are the identity in one process.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import sys
+from collections.abc import Iterator
 from datetime import timedelta
 
-from common.errors import UserError
+from common.errors import StoppedBySignal, UserError
 from common.lazy import Tensor, distributed, torch
 
 SETUP_SECONDS = 180.0  # until all are there and connected; they start together, and load libraries
@@ -31,22 +34,6 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", number) if is_cuda else torch.device("cpu")
 
 
-def autocast_type(precision: str, device: torch.device) -> torch.dtype | None:
-    """What autocast computes in; None: there is none, all is fp32.
-
-    ``auto`` takes bf16 where the hardware computes in it. On a CPU without AVX512-BF16 or AMX it is
-    emulated, and slower than fp32.
-    """
-    if precision == "fp16":
-        return torch.float16
-    is_bf16 = precision == "bf16"
-    if precision == "auto" and device.type == "cuda":
-        is_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif precision == "auto":
-        is_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if is_bf16 else None
-
-
 def start(device_type: str, seconds: float = SETUP_SECONDS) -> None:
     """Join the group that torchrun describes in the environment, if there is one.
 
@@ -62,8 +49,9 @@ def start(device_type: str, seconds: float = SETUP_SECONDS) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or distributed.is_initialized():
         return
-    if device_type == "cuda":
-        torch.cuda.set_device(choose_device("cuda"))
+    device = choose_device("cuda") if device_type == "cuda" else None
+    if device is not None:
+        torch.cuda.set_device(device)
     patience, collective = timedelta(seconds=seconds), timedelta(seconds=COLLECTIVE_SECONDS)
     try:
         store, rank, world_size = next(distributed.rendezvous("env://", timeout=patience))  # type: ignore
@@ -73,8 +61,9 @@ def start(device_type: str, seconds: float = SETUP_SECONDS) -> None:
             rank=rank,
             world_size=world_size,
             timeout=patience,
+            device_id=device,  # NCCL connects at once, not in the first collective
         )
-        store.set_timeout(collective)  # NCCL connects later, through it
+        store.set_timeout(collective)
         distributed.distributed_c10d._set_pg_timeout(collective)
     except (RuntimeError, ValueError) as error:  # torch's DistError and its kinds, Gloo's own
         names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -88,9 +77,32 @@ def start(device_type: str, seconds: float = SETUP_SECONDS) -> None:
 
 
 def stop() -> None:
-    """Leave the group."""
+    """Leave the group, as all of its processes do."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def in_group() -> Iterator[None]:
+    """Leave the group at the end, and when a signal has ended all processes together.
+
+    A process that fails alone must not: NCCL would wait there for the others, which wait for this
+    one in a collective, and torchrun would learn of nothing.
+    """
+    try:
+        yield
+    except StoppedBySignal:
+        stop()
+        raise
+    stop()
+
+
+def end_process(status: int) -> int:
+    """Return the status to end with; one process of a group that has failed ends here, at once."""
+    if status and is_on():
+        sys.stdout.flush()
+        os._exit(status)
+    return status
 
 
 def is_on() -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from common.backbone import BackboneCheckpoint, Preprocessing, parse_preprocessing, read_backbone
 from common.errors import UserError, require
-from common.network import ResNet
+from common.network import ResNet, shapes_alone
 from common.pictures import decode, from_pillow, read_file
 from common.resnet import COUNTER
 from pretrain.data.decode import center_crop
@@ -83,7 +83,7 @@ class LoadedBackbone(ResNet):
     """
 
     def __init__(self, file: BackboneCheckpoint, image_size: int) -> None:
-        with torch.device("meta"):  # draws no random number
+        with shapes_alone():
             super().__init__(file.arch)
         counters = {name: torch.tensor(0) for name in self.state_dict() if name.endswith(COUNTER)}
         self.load_state_dict({**counters, **file.counters, **file.tensors}, assign=True)

@@ -27,6 +27,7 @@ from pretrain.engine.trainer import Callback, Trainer
 from pretrain.evaluation.pictures import RunPictures
 from pretrain.evaluation.probe import KnnCallback, OnlineProbe, Probe
 from pretrain.model.joint_embedding import FAContrastive, OnlineNetwork
+from pretrain.precision import autocast_type
 
 _NUM_TIMED = 8  # pictures
 
@@ -199,7 +200,7 @@ def check(config: PretrainConfig, *, has_data: bool) -> dict[str, Any]:
     # so that other programs beside this one do not count.
     plain = dataclasses.replace(config, engine=dataclasses.replace(engine, compile=False))
     model, optimizer = make_model(plain, device, num_samples)
-    dtype = dist.autocast_type(engine.precision, device)
+    dtype = autocast_type(engine.precision, device)
     images = torch.randn(_NUM_TIMED, 3, data.image_size, data.image_size, device=device)
     started, before = 0.0, torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,19 +1,6 @@
-"""Run grids of pretraining runs over seeds, compare their cells, and write tables and plots."""
+"""Run grids of pretraining runs over seeds, compare their cells, and write tables and plots.
 
-import argparse
-import sys
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-
-from common.config import find_config, read_settings
-from common.errors import command_parser, require, run_command, unknown
-from pipeline import study
-from pipeline.experiment import add_run_options, limits_of, run_experiment
-from pipeline.study import METRICS
-
-EXAMPLE = """\
-examples:
+Examples:
   .venv/bin/python tools/ablate.py configs/studies/*.yaml --preset reproduce-cpu --out runs/study
   .venv/bin/python tools/ablate.py stop_gradient --out runs/study --list
 
@@ -22,10 +9,22 @@ Exit status: 0 all is finished; 1 runs failed; 2 wrong arguments or input; 3 tim
 again; 128 + number: stopped by a signal. docs/pipeline.md explains grids, presets and verdicts.
 """
 
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from common.config import find_config, read_settings
+from common.errors import command_parser, require, run_command, unknown, whole
+from pipeline import study
+from pipeline.experiment import add_run_options, limits_of, run_experiment
+from pipeline.study import METRICS
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = command_parser(__doc__, EXAMPLE)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("grids", nargs="+", metavar="GRID", help="a file, or a preset of configs/studies/")
     add("--preset", default="reproduce-cpu", metavar="NAME",
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the study")
     add("--data", metavar="NAME", help="which of the preset's sets (default: its first)")
     add("--metrics", metavar="A,B", help=f"of {', '.join(METRICS)} (default: the preset's)")
-    add("--seeds", type=int, metavar="N", help="how many seeds (default: the preset's)")
+    add("--seeds", type=whole(1), metavar="N", help="how many seeds (default: the preset's)")
     add("--first-seed", type=int, metavar="N", help="the lowest seed (default: the preset's, 0)")
     add("--only", action="append", default=[], metavar="TEXT",
         help="run only cells with this in their grid or levels; may be repeated")  # fmt: skip

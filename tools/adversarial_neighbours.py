@@ -17,7 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.errors import command_parser, memory_remedy, require, run_command
+from common.errors import command_parser, memory_remedy, require, run_command, whole
 from common.files import write_json
 
 
@@ -31,7 +31,6 @@ def numbers(text: str) -> list[float]:
 
 def work(arguments: argparse.Namespace) -> None:
     """Attack the queries at every epsilon, print the table and write the figures."""
-    require(arguments.steps >= 1, f"--steps {arguments.steps}: give at least 1")
     out = arguments.json
     require(out is None or out.absolute().parent.is_dir(), f"--json {out}: no such folder")
 
@@ -71,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     add("shards", type=Path, metavar="SHARDS", help="folder of shards")
     add("--epsilon", type=numbers, default=[1.0, 2.0, 4.0, 8.0], metavar="LIST",
         help="largest changes of a pixel value, in 1/255 (default: 1,2,4,8)")  # fmt: skip
-    add("--steps", type=int, default=1, metavar="N", help="1: FGSM (default); more: PGD")
+    add("--steps", type=whole(1), default=1, metavar="N", help="1: FGSM (default); more: PGD")
     add("--num", type=int, default=512, metavar="N", help="queries (default: 512)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     add("--json", type=Path, metavar="OUT", help="write the figures here")

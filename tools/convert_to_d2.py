@@ -3,6 +3,16 @@
 
 Files that are read: checkpoints of this project, torchvision, timm, MoCo, solo-learn, lightly,
 Detectron2 (.pkl or .pth, bare or a whole detector); .safetensors too.
+
+Examples:
+  .venv/bin/python tools/convert_to_d2.py runs/pretrain/checkpoint.pth runs/convert/backbone.pkl
+  .venv/bin/python tools/convert_to_d2.py moco_v2_200ep.pth.tar moco.pth --layout moco
+  .venv/bin/python tools/convert_to_d2.py --verify checkpoint.pth backbone.pkl --json
+
+OUT ends in .pkl or .pth (torchvision: .pth or .pt); two cards are written beside it, OUT.json for
+programs and OUT.md for people.
+Exit status: 0 done, or the same network; 1 it went wrong, or not the same (a file that is no
+complete ResNet is not); 2 wrong arguments or input.
 """
 
 import argparse
@@ -14,40 +24,22 @@ from typing import Any
 
 from common import errors
 from common.files import LOCK, held, write_json
-from common.resnet import BRANCHES, LAYOUTS
-
-_EXAMPLE = """\
-examples:
-  .venv/bin/python tools/convert_to_d2.py runs/pretrain/checkpoint.pth runs/convert/backbone.pkl
-  .venv/bin/python tools/convert_to_d2.py moco_v2_200ep.pth.tar moco.pth --layout moco
-  .venv/bin/python tools/convert_to_d2.py --verify checkpoint.pth backbone.pkl --json
-
-OUT ends in .pkl or .pth (torchvision: .pth or .pt); two cards are written beside it, OUT.json for
-programs and OUT.md for people.
-Exit status: 0 done, or the same network; 1 it went wrong, or not the same (a file that is no
-complete ResNet is not); 2 wrong arguments or input."""
-STRIDE_IN_1X1 = {None: None, "3x3": False, "1x1": True}
+from common.resnet import BRANCHES, LAYOUTS, add_reading_options
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = errors.command_parser(__doc__, _EXAMPLE, allow_abbrev=False)
-    layouts = ("auto", *LAYOUTS)
+    parser = errors.command_parser(__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", help="file to convert")
     add("out", type=Path, nargs="?", help="file to write")
     add("--to", choices=("detectron2", "torchvision"), help="target (default: detectron2)")
     add("--verify", type=Path, nargs=2, metavar=("A", "B"), help="compare two files instead")
-    add("--branch", choices=BRANCHES, default="online", help="which network (online)")
-    add("--layout", choices=layouts, default="auto", help="key names (auto)")
+    add_reading_options(parser)
     add("--branch-b", choices=BRANCHES, help="the same for B of --verify (online)")
-    add("--layout-b", choices=layouts, help="the same for B of --verify (auto)")
+    add("--layout-b", choices=("auto", *LAYOUTS), help="the same for B of --verify (auto)")
     add("--size", type=int, default=224, help="side of the picture that both networks see, in "
         "pixels (default: 224)")  # fmt: skip
-    add("--preprocessing", metavar="SPEC", help="imagenet (other projects' default), half, or "
-        "mean/std in [0, 1] as 0.485,0.456,0.406/0.229,0.224,0.225")  # fmt: skip
-    add("--stride-in", choices=("3x3", "1x1"), help="where the bottlenecks of a Detectron2 file "
-        "without a card have their stride")  # fmt: skip
     add("--tolerance", type=float, help="of --verify: largest relative difference that counts as "
         "the same (default: 1e-5)")  # fmt: skip
     add("--check", nargs="?", const="all", choices=("all",),
@@ -101,18 +93,12 @@ def run_convert(arguments: argparse.Namespace) -> int:
     from common.startup import begin_program  # first, since it imports torch
 
     # isort: split
-    from common.backbone import parse_preprocessing, read_backbone
+    from common.backbone import read_backbone, reading_of
     from detection.convert import convert
 
     begin_program()
 
-    source = read_backbone(
-        arguments.checkpoint,
-        layout=arguments.layout,
-        branch=arguments.branch,
-        preprocessing=arguments.preprocessing and parse_preprocessing(arguments.preprocessing),
-        stride_in_1x1=STRIDE_IN_1X1[arguments.stride_in],
-    )
+    source = read_backbone(arguments.checkpoint, **reading_of(arguments))
     if arguments.check:
         pixels = source.preprocessing
         facts = {

@@ -1,5 +1,17 @@
 #!/usr/bin/env python3
-"""Features of pictures: to search, to find duplicates before training, to see what was learnt."""
+r"""Features of pictures: to search, to find duplicates before training, to see what was learnt.
+
+Examples:
+  .venv/bin/python tools/embed.py runs/first my_pictures --out features.npz
+  .venv/bin/python tools/embed.py backbone.pkl 'photos/**/*.jpg' --out features.npz \
+      --neighbours sheet.jpg --duplicates duplicates.json
+  .venv/bin/python tools/embed.py random:R18 data/shards --out random.npz
+
+CHECKPOINT is a run's folder, a checkpoint or weights in any layout that tools/convert_to_d2.py
+reads, or random: with R18, R34, R50, R101, thin_R50. PICTURES are files, folders, globs, and shards
+(tars, folders and patterns of tars). numpy.load(OUT) gives features [n, d] and names [n].
+Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input.
+"""
 
 import argparse
 import sys
@@ -9,26 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from common import errors
-from common.resnet import BRANCHES, LAYOUTS
+from common.resnet import add_reading_options
 
-_EXAMPLE = """\
-examples:
-  .venv/bin/python tools/embed.py runs/first my_pictures --out features.npz
-  .venv/bin/python tools/embed.py backbone.pkl 'photos/**/*.jpg' --out features.npz \\
-      --neighbours sheet.jpg --duplicates duplicates.json
-  .venv/bin/python tools/embed.py random:R18 data/shards --out random.npz
-
-CHECKPOINT is a run's folder, a checkpoint or weights in any layout that tools/convert_to_d2.py
-reads, or random: with R18, R34, R50, R101, thin_R50. PICTURES are files, folders, globs, and shards
-(tars, folders and patterns of tars). numpy.load(OUT) gives features [n, d] and names [n].
-Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input."""
 _ENDINGS = {"out": (".npz",), "neighbours": (".jpg", ".jpeg"), "duplicates": (".json",)}
 _NUM_QUERIES, _NUM_NEIGHBOURS = 10, 8
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = errors.command_parser(__doc__, _EXAMPLE, allow_abbrev=False)
+    parser = errors.command_parser(__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="weights, see below")
     add("pictures", nargs="+", metavar="PICTURES", help="files, folders, globs, shards")
@@ -39,19 +40,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="groups of pictures that are the same or nearly")  # fmt: skip
     add("--threshold", type=float, metavar="T", help="of --duplicates: lowest correlation of two "
         "thumbnails (default: 0.99)")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the choice for --neighbours (0)")
-    add("--batch", type=int, default=64, metavar="N", help="pictures per forward pass (64)")
+    add("--seed", type=errors.whole(0), default=0, help="of the choice for --neighbours (0)")
+    add("--batch", type=errors.whole(1), default=64, metavar="N",
+        help="pictures per forward pass (64)")  # fmt: skip
     add("--image-size", type=int, default=0, metavar="N", help="side of the central square in "
         "pixels (default: as in the pretraining, else 224)")  # fmt: skip
-    add("--max-bad", type=int, default=0, metavar="N",
+    add("--max-bad", type=errors.whole(0), default=0, metavar="N",
         help="leave out up to N pictures that do not decode (default: 0)")  # fmt: skip
-    add("--branch", choices=BRANCHES, default="online", help="of a checkpoint of ours (online)")
-    add("--layout", choices=("auto", *LAYOUTS), default="auto", help="key names (auto)")
-    add("--preprocessing", metavar="SPEC", help="imagenet, half, or mean/std of the pixels, where "
-        "the checkpoint says none, as for tools/convert_to_d2.py")  # fmt: skip
-    add("--stride-in", choices=("3x3", "1x1"), help="the same of a Detectron2 file")
+    add_reading_options(parser)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: free cores)")
+    add("--threads", type=errors.whole(1), metavar="N", help="CPU threads (default: free cores)")
     errors.add_check_options(parser)
     return parser
 
@@ -62,10 +60,6 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: Naming the argument.
     """
-    for name, least in {"batch": 1, "threads": 1, "max_bad": 0, "seed": 0}.items():
-        value = getattr(arguments, name)
-        option = f"--{name.replace('_', '-')}"
-        errors.require(value is None or value >= least, f"{option} {value}: give {least} or more")
     threshold = arguments.threshold
     errors.require(
         threshold is None or arguments.duplicates is not None, "--threshold: needs --duplicates"
@@ -92,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from common.backbone import parse_preprocessing
+    from common.backbone import reading_of
     from common.threads import choose_threads
     from pretrain import collectives as dist
     from pretrain.evaluation import embedding
@@ -102,17 +96,14 @@ def run(arguments: argparse.Namespace) -> None:
 
     num_threads = choose_threads(arguments.threads or 0) or torch.get_num_threads()
     torch.set_num_threads(num_threads)
-    source, pixels = arguments.checkpoint, arguments.preprocessing
+    source = arguments.checkpoint
     if not source.startswith(RANDOM):
         source = str(checkpoint_of(Path(source)))
     backbone = FrozenBackbone(
         source,
         LinearConfig(image_size=arguments.image_size),
-        branch=arguments.branch,
         device=dist.choose_device(arguments.device),
-        layout=arguments.layout,
-        preprocessing=pixels and parse_preprocessing(pixels),
-        stride_in_1x1=arguments.stride_in and arguments.stride_in == "1x1",
+        **reading_of(arguments),
     )
     about: dict[str, Any] = {
         "model": backbone.description["name"],

@@ -4,6 +4,16 @@
 A backbone: torchvision, timm, safetensors (torchvision's names), torchscript, onnx.
 A detector: torchscript, onnx, detectron2 (a file and a config that need none of our code); with
 the first three forms of a backbone its ResNet is written.
+
+Examples:
+  .venv/bin/python tools/export.py runs/demo/pretrain backbone.safetensors --to safetensors
+  .venv/bin/python tools/export.py runs/demo detector.pt --to torchscript --pictures my_pictures
+  .venv/bin/python tools/export.py runs/demo/detection/pretrained plain.pth --to detectron2
+
+INPUT: a checkpoint or weights of a ResNet (as tools/convert_to_d2.py reads), a detector's file or
+folder (as tools/predict.py takes), or the folder of a pretraining. A card OUT.json is written too.
+onnx needs the packages onnx and onnxruntime.
+Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input, or the forms do not agree.
 """
 
 import argparse
@@ -13,23 +23,13 @@ from pathlib import Path
 from common.errors import UserError, command_parser, no_such_file, require, run_command
 from common.resnet import BRANCHES
 
-_EXAMPLE = """\
-examples:
-  .venv/bin/python tools/export.py runs/demo/pretrain backbone.safetensors --to safetensors
-  .venv/bin/python tools/export.py runs/demo detector.pt --to torchscript --pictures my_pictures
-  .venv/bin/python tools/export.py runs/demo/detection/pretrained plain.pth --to detectron2
-
-INPUT: a checkpoint or weights of a ResNet (as tools/convert_to_d2.py reads), a detector's file or
-folder (as tools/predict.py takes), or the folder of a pretraining. A card OUT.json is written too.
-onnx needs the packages onnx and onnxruntime.
-Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input, or the forms do not agree."""
 _OF_BACKBONE = ("torchvision", "timm", "safetensors")
 _TARGETS = (*_OF_BACKBONE, "torchscript", "onnx", "detectron2")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = command_parser(__doc__, _EXAMPLE, allow_abbrev=False)
+    parser = command_parser(__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("input", type=Path, metavar="INPUT", help="a backbone or a detector, see below")
     add("out", type=Path, metavar="OUT", help="file to write")

@@ -1,24 +1,15 @@
-"""How good are frozen features? A linear classifier, or the nearest neighbours, on labelled shards.
+r"""How good are frozen features? A linear classifier or nearest neighbours, on labelled shards.
 
 cached: features are computed once and kept; classifiers with ten learning rates are trained on them
 at once. full: the published protocol, pictures are cropped anew in every epoch. knn: every k with
 every temperature. A part of the training set selects the rate, the validation set never does.
-"""
 
-import argparse
-import sys
-from pathlib import Path
-
-from common.errors import command_parser, memory_remedy, run_command
-from common.resnet import LAYOUTS
-
-EXAMPLE = """\
-examples:
-  .venv/bin/python tools/linear_eval.py runs/first/checkpoint.pth --train data/in100_train \\
+Examples:
+  .venv/bin/python tools/linear_eval.py runs/first/checkpoint.pth --train data/in100_train \
       --val data/in100_val --out runs/first/linear
   .venv/bin/python tools/linear_eval.py random:R18 --train A --val B --out C --fraction 0.1
   .venv/bin/python tools/linear_eval.py resnet50.pth --train A --val B --out C --protocol knn
-  .venv/bin/torchrun --standalone --nproc-per-node=8 tools/linear_eval.py CHECKPOINT --train A \\
+  .venv/bin/torchrun --standalone --nproc-per-node=8 tools/linear_eval.py CHECKPOINT --train A \
       --val B --out C --config imagenet1k_lars --resume
 
 CHECKPOINT is a checkpoint.pth of ours, a ResNet's weights in any layout that tools/convert_to_d2.py
@@ -27,10 +18,17 @@ Every key=value stands in pretrain/evaluation/linear/config.py.
 Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input, 128 + n stopped by signal n.
 """
 
+import argparse
+import sys
+from pathlib import Path
+
+from common.errors import command_parser, memory_remedy, run_command
+from common.resnet import add_reading_options
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = command_parser(__doc__, EXAMPLE)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="weights, see below")
     add("overrides", nargs="*", metavar="key=value", help="e.g. epochs=50 lr_max=30")
@@ -41,11 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--protocol", choices=("cached", "full", "knn"), help="default: cached, or the config's")
     add("--config", metavar="YAML", help="file or preset of configs/linear/, as imagenet1k_moco "
         "(default: none; for --protocol full imagenet100)")  # fmt: skip
-    add("--branch", choices=("online", "ema"), default="online", help="default: online")
-    add("--layout", choices=("auto", *LAYOUTS), default="auto", help="key names (auto)")
-    add("--preprocessing", metavar="SPEC", help="imagenet, half, or mean/std of the pixels, where "
-        "the checkpoint says none, as for tools/convert_to_d2.py")  # fmt: skip
-    add("--stride-in", choices=("3x3", "1x1"), help="the same of a Detectron2 file")
+    add_reading_options(parser)
     add("--fraction", metavar="F", help="share of the training labels, e.g. 0.01")
     add("--subset-list", metavar="FILE", help="keys of the samples to train on, one a line")
     add("--seed", metavar="N", help="of subset, held-out part, order, crops, random weights")
@@ -56,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Run the evaluation, and print its table."""
-    from common.backbone import parse_preprocessing
+    from common.backbone import reading_of
     from common.config import find_config, read_settings
     from common.files import check_out_folder
     from pretrain.evaluation.linear.config import LinearConfig
@@ -69,14 +63,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     named = {
         key: getattr(arguments, key) for key in ("protocol", "fraction", "subset_list", "seed")
     }
-    pixels = arguments.preprocessing
     overrides = [f"{key}={value}" for key, value in named.items() if value is not None]
     result = Evaluation(
         read_settings(LinearConfig, path, [*arguments.overrides, *overrides]),
         arguments.checkpoint, arguments.train, arguments.val, arguments.out,
-        branch=arguments.branch, features=arguments.features, resume=arguments.resume,
-        layout=arguments.layout, preprocessing=pixels and parse_preprocessing(pixels),
-        stride_in_1x1=arguments.stride_in and arguments.stride_in == "1x1",
+        features=arguments.features, resume=arguments.resume, **reading_of(arguments),
     ).run()  # fmt: skip
     if result is not None:
         print(table(result))
@@ -94,15 +85,11 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         begin_program()
-        try:
-            with memory_remedy("lower batch_size, num_workers or image_size"):
-                evaluate(arguments)
-        finally:
-            dist.stop()
+        with dist.in_group(), memory_remedy("lower batch_size, num_workers or image_size"):
+            evaluate(arguments)
 
-    return run_command(
-        work, when_interrupted="stopped; features are kept: the same command with --resume goes on"
-    )
+    interrupted = "stopped; features are kept: the same command with --resume goes on"
+    return dist.end_process(run_command(work, when_interrupted=interrupted))
 
 
 if __name__ == "__main__":

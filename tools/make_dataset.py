@@ -1,4 +1,13 @@
-"""Make a data set (a labelled VOC devkit, an unlabelled pool, a labelled probe), or import one."""
+r"""Make a data set (a labelled VOC devkit, an unlabelled pool, a labelled probe), or import one.
+
+Examples:
+  .venv/bin/python tools/make_dataset.py procedural data/scenes --num-pool 4000 --num-train 300
+  .venv/bin/python tools/make_dataset.py photos data/photos --classes coarse --num-pool 4000
+  .venv/bin/python tools/make_dataset.py letters data/letters
+  .venv/bin/python tools/make_dataset.py import data/birds labelled/birds --show birds.jpg
+  .venv/bin/python tools/make_dataset.py voc data/voc0712 VOCtrainval_06-Nov-2007.tar \
+      VOCtest_06-Nov-2007.tar VOCtrainval_11-May-2012.tar
+"""
 
 import argparse
 import sys
@@ -16,21 +25,13 @@ from pipeline.datasets.sets import Card, SetOptions, flag
 if TYPE_CHECKING:
     from pipeline.datasets.scene import SceneSource
 
-_EXAMPLE = """examples:
-  .venv/bin/python tools/make_dataset.py procedural data/scenes --num-pool 4000 --num-train 300
-  .venv/bin/python tools/make_dataset.py photos data/photos --classes coarse --num-pool 4000
-  .venv/bin/python tools/make_dataset.py letters data/letters
-  .venv/bin/python tools/make_dataset.py import data/birds labelled/birds --show birds.jpg
-  .venv/bin/python tools/make_dataset.py voc data/voc0712 VOCtrainval_06-Nov-2007.tar \\
-      VOCtest_06-Nov-2007.tar VOCtrainval_11-May-2012.tar
-"""
 _PROJECT = Path(__file__).resolve().parents[1]
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     # fmt: off
-    main_parser = errors.command_parser(__doc__, _EXAMPLE)
+    main_parser = errors.command_parser(__doc__)
     names = "{procedural,photos,letters,fashion,voc,import}"
     kinds = main_parser.add_subparsers(required=True, metavar=names)
 
@@ -41,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         one.set_defaults(make=make)
         add = one.add_argument
         add("out", type=Path, metavar="OUT", help="folder to make")
-        add("--num-workers", type=int, default=2, metavar="N",
+        add("--num-workers", type=errors.whole(1), default=2, metavar="N",
             help="processes (default: 2); the pictures do not depend on it")
         add("--overwrite", action="store_true", help="replace a set made with other options")
         errors.add_check_options(one)
@@ -287,7 +288,7 @@ def _check_sources(out: Path, sources: Sequence[Path]) -> None:
 
 def make_import(arguments: argparse.Namespace) -> bool:
     """Import labelled pictures; see `import_labelled` for what is returned and raised."""
-    from pipeline.datasets.labelled import describe, import_labelled, read_source, write_sheet
+    from pipeline.datasets.labelled import describe, import_labelled, write_sheet
 
     source = arguments.source
     _check_sources(arguments.out, [source])
@@ -302,8 +303,10 @@ def make_import(arguments: argparse.Namespace) -> bool:
         max_left_out=arguments.max_left_out,
         val_share=arguments.val_share,
         split_seed=arguments.seed,
+        all_lists=True,
+        decodes=True,
     )
-    data = read_source(source, choice)
+    data = read_set(source, choice)
     if arguments.check:
         facts = {
             "classes": list(data.classes),
@@ -330,8 +333,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out = options.out.resolve()
 
     def work() -> None:
-        workers = options.num_workers
-        errors.require(workers >= 1, f"--num-workers is {workers}: give 1 or more")
         made = options.make(options)
         if not options.check:
             print(f"{options.out}: {'made' if made else 'is there with these options, kept'}")

@@ -1,4 +1,18 @@
-"""Pack pictures into WebDataset shards with an index; verify shards; say what they hold."""
+r"""Pack pictures into WebDataset shards with an index; verify shards; say what they hold.
+
+SOURCE is a folder of pictures at any depth (ImageNet-style class folders: --labels folders), or a
+VOC devkit.
+
+Examples:
+  .venv/bin/python tools/make_shards.py data/scenes/pool data/shards
+  .venv/bin/python tools/make_shards.py imagenet data/imagenet --split train --labels folders \
+      --resize-short 256
+  .venv/bin/python tools/make_shards.py imagenet data/imagenet --split train \
+      --submitit slurm --num-tasks 16 --slurm-partition cpu --num-workers 8
+  .venv/bin/python tools/make_shards.py data/shards --info
+
+Exit status: 0 done; 1 it went wrong, or --verify reports a fault; 2 wrong arguments or input.
+"""
 
 import argparse
 import hashlib
@@ -15,26 +29,11 @@ from pretrain.data.pack import Cluster, ShardOptions, SourcePicture, WriteReport
 from pretrain.data.shard_info import format_info, gather_info, verify_shards
 from pretrain.data.shards import ShardIndex
 
-EXAMPLE = """\
-SOURCE is a folder of pictures at any depth (ImageNet-style class folders: --labels folders), or a
-VOC devkit.
-
-examples:
-  .venv/bin/python tools/make_shards.py data/scenes/pool data/shards
-  .venv/bin/python tools/make_shards.py imagenet data/imagenet --split train --labels folders \\
-      --resize-short 256
-  .venv/bin/python tools/make_shards.py imagenet data/imagenet --split train \\
-      --submitit slurm --num-tasks 16 --slurm-partition cpu --num-workers 8
-  .venv/bin/python tools/make_shards.py data/shards --info
-
-Exit status: 0 done; 1 it went wrong, or --verify reports a fault; 2 wrong arguments or input.
-"""
-
 
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
     default = ShardOptions()
-    main_parser = errors.command_parser(__doc__, EXAMPLE)
+    main_parser = errors.command_parser(__doc__)
     add = main_parser.add_argument
     add("source", metavar="SOURCE", help="pictures; with --verify, --info: the shards")
     add("out", type=Path, nargs="?", metavar="OUT", help="folder for the shards")
@@ -56,10 +55,10 @@ def parser() -> argparse.ArgumentParser:
                        help="keep the order of names")  # fmt: skip
     add("--part", type=_part, default=(0.0, 1.0), metavar="LOW:HIGH",
         help="pack a part: 0:0.1 and 0.1:1 are a random tenth and the rest")  # fmt: skip
-    add("--num-workers", type=int, metavar="N",
+    add("--num-workers", type=errors.whole(0), metavar="N",
         help="processes; the shards do not depend on it (default: all cores; with --submitit: 1 "
         "per task)")  # fmt: skip
-    add("--max-bad", type=int, default=0, metavar="N",
+    add("--max-bad", type=errors.whole(0), default=0, metavar="N",
         help="leave out and list up to N pictures that do not decode (default: 0)")  # fmt: skip
     add("--overwrite", action="store_true", help="throw away other shards in OUT first")
     add("--verify", action="store_true", help="check sizes, SHA-256 and samples against the index")
@@ -90,11 +89,9 @@ def run(options: argparse.Namespace) -> int:
     """Pack, verify, describe; returns the exit status."""
     errors.require(options.info or options.check or not options.json, "--json needs --info")
     errors.require(options.check or options.json != Path("-"), "--info --json needs a FILE")
-    errors.require(options.max_bad >= 0, "--max-bad must not be negative")
     num_workers = options.num_workers
     if num_workers is None:
         num_workers = 1 if options.submitit else os.cpu_count() or 1
-    errors.require(num_workers >= 0, "--num-workers must not be negative")
     if options.out is not None:
         pack(options, num_workers)
         if options.check:

@@ -1,7 +1,16 @@
 #!/usr/bin/env python3
-"""Draw a trained detector's boxes on pictures, and write them down.
+r"""Draw a trained detector's boxes on pictures, and write them down.
 
 A file is judged by its content, not by its name; hidden files are passed over.
+
+Examples:
+  .venv/bin/python tools/predict.py runs/demo my_pictures --out boxes
+  .venv/bin/python tools/predict.py model_final.pth 'photos/**/*.jpg' clip.mp4 --every 10 \
+      --out boxes --score 0.3 --format json,voc
+
+Writes OUT/pictures/NAME.jpg and OUT/predictions.json; with --format also OUT/voc, OUT/coco or
+OUT/yolo, data sets to correct and to train on.
+Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input.
 """
 
 import argparse
@@ -21,20 +30,10 @@ from common.errors import (
     run_command,
 )
 
-_EXAMPLE = """\
-examples:
-  .venv/bin/python tools/predict.py runs/demo my_pictures --out boxes
-  .venv/bin/python tools/predict.py model_final.pth 'photos/**/*.jpg' clip.mp4 --every 10 \\
-      --out boxes --score 0.3 --format json,voc
-
-Writes OUT/pictures/NAME.jpg and OUT/predictions.json; with --format also OUT/voc, OUT/coco or
-OUT/yolo, data sets to correct and to train on.
-Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input."""
-
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = command_parser(__doc__, _EXAMPLE, allow_abbrev=False)
+    parser = command_parser(__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("detector", type=Path, metavar="RUN|WEIGHTS",
         help="a pipeline run (its pretrained arm), an arm's folder (its first finished seed), a "

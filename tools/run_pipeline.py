@@ -1,4 +1,17 @@
-"""Command line of the pipeline: parses, runs the stages, writes results.json, names the report."""
+"""Pretrain, convert, fine-tune, compare with random initialisation, report.
+
+Examples:
+  bash tools/run_pipeline.sh --images my_pictures --labels my_labelled_pictures
+  bash tools/run_pipeline.sh demo
+  bash tools/run_pipeline.sh demo detection.seeds=5
+  bash tools/run_pipeline.sh compare --out runs/compare seeds.pretraining=5
+  bash tools/run_pipeline.sh smoke --dry-run
+
+A finished stage is skipped while nothing that it depends on has changed; a stopped or failed run
+goes on where it stopped when the same command is given again (docs/pipeline.md).
+Exit status: 0 done; 1 a stage failed; 2 wrong arguments or input; 3 time is up; 128 + number:
+stopped by a signal.
+"""
 
 import argparse
 import os
@@ -17,28 +30,10 @@ from pipeline.config import load_config
 from pipeline.experiment import ROOT, add_run_options, limits_of, run_experiment
 from pipeline.run import side_by_side
 
-EPILOG = """\
-examples:
-  bash tools/run_pipeline.sh --images my_pictures --labels my_labelled_pictures
-  bash tools/run_pipeline.sh demo
-  bash tools/run_pipeline.sh demo detection.seeds=5
-  bash tools/run_pipeline.sh compare --out runs/compare seeds.pretraining=5
-  bash tools/run_pipeline.sh smoke --dry-run
-
-A finished stage is skipped while nothing that it depends on has changed; a stopped or failed run
-goes on where it stopped when the same command is given again (docs/pipeline.md).
-Exit status: 0 done; 1 a stage failed; 2 wrong arguments or input; 3 time is up; 128 + number:
-stopped by a signal.
-"""
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the pipeline; returns the exit status."""
-    parser = command_parser(
-        "Pretrain, convert, fine-tune, compare with random initialisation, report.",
-        EPILOG,
-        prog="bash tools/run_pipeline.sh",
-    )
+    parser = command_parser(__doc__, prog="bash tools/run_pipeline.sh")
     add = parser.add_argument
     add("config", nargs="?", help="smoke, demo, photos, compare, or a YAML of one's own; none with "
         "--labels")  # fmt: skip

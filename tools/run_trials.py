@@ -1,20 +1,8 @@
-"""Detection trials: several initialisations x seeds, compared pairwise, beside published rows."""
+r"""Detection trials: several initialisations x seeds, compared pairwise, beside published rows.
 
-import argparse
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-
-from common.config import find_config
-from common.errors import command_parser, run_command
-from pipeline import study
-from pipeline.experiment import ROOT, add_run_options, limits_of, run_experiment
-
-PUBLISHED = ROOT / "configs/studies/published/voc0712.yaml"
-EXAMPLE = """\
-examples:
-  .venv/bin/python tools/run_trials.py --init random --init byol=runs/byol/backbone.pkl \\
-      --init ours=runs/fa/checkpoint.pth --compare ours:byol --seeds 5 \\
+Examples:
+  .venv/bin/python tools/run_trials.py --init random --init byol=runs/byol/backbone.pkl \
+      --init ours=runs/fa/checkpoint.pth --compare ours:byol --seeds 5 \
       --config thin_R50_C4 --data data/photos --out runs/trials
 
 {seed} in FILE or in --data stands for the seed: a pretraining run or a split for each.
@@ -24,10 +12,22 @@ Exit status: 0 all is finished; 1 runs failed; 2 wrong arguments or input; 3 tim
 again; 128 + number: stopped by a signal.
 """
 
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.config import find_config
+from common.errors import command_parser, run_command, whole
+from pipeline import study
+from pipeline.experiment import ROOT, add_run_options, limits_of, run_experiment
+
+PUBLISHED = ROOT / "configs/studies/published/voc0712.yaml"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = command_parser(__doc__, EXAMPLE)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--init", action="append", required=True, metavar="NAME=FILE",
         help="random, or a name and weights: converted ones, a checkpoint, torchvision's; "
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--data", required=True, metavar="DIR",
         help="labelled pictures, as train_voc.sh takes them")  # fmt: skip
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the trials")
-    add("--seeds", type=int, default=5, metavar="N", help="seeds 0..N-1 (default: 5)")
+    add("--seeds", type=whole(1), default=5, metavar="N", help="seeds 0..N-1 (default: 5)")
     add("--published", metavar="FILE|none",
         help="published rows to show (default: those of VOC07+12 for its config)")  # fmt: skip
     add("--dry-run", action="store_true", help="check everything; show what would run, and why")

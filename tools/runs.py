@@ -1,4 +1,12 @@
-"""List the pretraining runs below a folder, compare some of them, or join seeds of several."""
+"""List the pretraining runs below a folder, compare some of them, or join seeds of several.
+
+Examples:
+  .venv/bin/python tools/runs.py list runs --sort knn_top1 --json
+  .venv/bin/python tools/runs.py compare runs/first runs/second
+  .venv/bin/python tools/runs.py join here/results.json there/results.json --out all.json
+
+Exit status: 0 done; 2 wrong arguments or input. docs/running.md says what the columns mean.
+"""
 
 import argparse
 import json
@@ -17,14 +25,6 @@ from pipeline.report.charts import short_number
 from pipeline.report.runs import FIGURES, RunInfo
 from pipeline.results import findings
 
-EXAMPLE = """\
-examples:
-  .venv/bin/python tools/runs.py list runs --sort knn_top1 --json
-  .venv/bin/python tools/runs.py compare runs/first runs/second
-  .venv/bin/python tools/runs.py join here/results.json there/results.json --out all.json
-
-Exit status: 0 done; 2 wrong arguments or input. docs/running.md says what the columns mean.
-"""
 SORT_KEYS = ("run", "state", "updated", *FIGURES)
 COLUMNS = {
     "step": "step", "epoch": "epoch", "epochs": "of", "loss": "loss", "knn_top1": "kNN",
@@ -34,7 +34,7 @@ COLUMNS = {
 
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
-    main_parser = command_parser(__doc__, EXAMPLE)
+    main_parser = command_parser(__doc__)
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = commands.add_parser("list", help="a line for each run: state, position, figures")
     add.set_defaults(work=_list)

@@ -1,10 +1,21 @@
-"""Submit a pretraining run through submitit: to SLURM, or to processes on this machine.
+r"""Submit a pretraining run through submitit: to SLURM, or to processes on this machine.
 
 Each node gets one task, which runs torchrun; a training process that dies is started again from the
 last checkpoint. A job that is preempted, or whose time is up, saves, is queued again and goes on.
+
+Examples:
+  .venv/bin/python tools/submit_pretrain.py configs/pretrain/imagenet1k/R50_byol_fa_nn_100ep.yaml \
+      out=runs/byol data.shards=data/imagenet --cluster slurm --nodes 8 --gpus-per-node 8 \
+      --time-minutes 1440 --partition gpu --slurm-option account=vision
+  .venv/bin/python tools/submit_pretrain.py configs/pretrain/demo.yaml out=runs/first \
+      data.shards=data/shards --cluster local --tasks-per-node 2 --wait
+
+Logs and submitit's files lie in out/submitit. docs/scaling.md says how to stop and go on.
+Exit status: 0 submitted (with --wait: finished); 1 it went wrong; 2 wrong arguments or input.
 """
 
 import argparse
+import itertools
 import logging
 import os
 import signal
@@ -19,17 +30,6 @@ from typing import Any
 
 from common import errors
 
-EXAMPLE = """\
-examples:
-  .venv/bin/python tools/submit_pretrain.py configs/pretrain/imagenet1k/R50_byol_fa_nn_100ep.yaml \\
-      out=runs/byol data.shards=data/imagenet --cluster slurm --nodes 8 --gpus-per-node 8 \\
-      --time-minutes 1440 --partition gpu --slurm-option account=vision
-  .venv/bin/python tools/submit_pretrain.py configs/pretrain/demo.yaml out=runs/first \\
-      data.shards=data/shards --cluster local --tasks-per-node 2 --wait
-
-Logs and submitit's files lie in out/submitit. docs/scaling.md says how to stop and go on.
-Exit status: 0 submitted (with --wait: finished); 1 it went wrong; 2 wrong arguments or input.
-"""
 ROOT = Path(__file__).resolve().parents[1]
 PREEMPTION = signal.SIGUSR1  # a training process saves when it gets it; submitit's own is USR2
 _LOCAL_MINUTES = 60 * 24 * 365  # submitit ends local tasks after a time; here nobody asked for it
@@ -152,13 +152,14 @@ def node_environment(node: TorchrunNode) -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = errors.command_parser(__doc__, EXAMPLE)
+    parser = errors.command_parser(__doc__)
     add = parser.add_argument
     add("config", help="YAML file, or a preset of configs/pretrain/, as demo")
     add("overrides", nargs="*", metavar="key=value", help="as for tools/pretrain.sh; out=DIR")
     add("--cluster", choices=("local", "slurm"), required=True, help="where the job runs")
-    for name, (default, _, text) in _NUMBERS.items():
-        add("--" + name.replace("_", "-"), type=int, default=default, metavar="N", help=text)
+    for name, (default, least, text) in _NUMBERS.items():
+        option, kind = "--" + name.replace("_", "-"), errors.whole(least)
+        add(option, type=kind, default=default, metavar="N", help=text)
     add("--partition", metavar="P", help="SLURM partition")
     errors.add_slurm_option(parser)
     add("--resume", action="store_true", help="go on with the run in out, if there is one")
@@ -197,9 +198,6 @@ def submit(options: argparse.Namespace) -> Any:
         options.resume or not (out / "checkpoint.pth").exists(),
         f"{out} holds a run already: continue it with --resume, or choose another out=DIR",
     )
-    for name, (_, least, _) in _NUMBERS.items():
-        value, flag = getattr(options, name), "--" + name.replace("_", "-")
-        errors.require(value is None or value >= least, f"{flag} {value}: must be >= {least}")
     for text in (str(out), options.partition or ""):
         errors.require(text.isprintable(), f"{text!r}: no line breaks in names for the cluster")
     errors.require(not is_local or options.nodes == 1, "--cluster local has one node: this machine")
@@ -208,11 +206,14 @@ def submit(options: argparse.Namespace) -> Any:
     num_processes = options.tasks_per_node or options.gpus_per_node or 1
     nodes, min_nodes = options.nodes, options.min_nodes or options.nodes
     errors.require(min_nodes <= nodes, f"--min-nodes {min_nodes} is above --nodes {nodes}")
-    for count in range(min_nodes, nodes + 1):
+    sizes = {"data.batch_size": config.data.batch_size}
+    if config.optim.micro_batch_size:
+        sizes["optim.micro_batch_size"] = config.optim.micro_batch_size
+    for count, (key, size) in itertools.product(range(min_nodes, nodes + 1), sizes.items()):
         errors.require(
-            config.data.batch_size % (count * num_processes) == 0,
-            f"data.batch_size={config.data.batch_size} cannot be divided among {count} nodes of "
-            f"{num_processes} processes; choose another batch size or other numbers",
+            size % (count * num_processes) == 0,
+            f"{key}={size} cannot be divided among {count} nodes of {num_processes} processes; "
+            "choose another size or other numbers",
         )
     words = (options.config, *options.overrides, "--resume", *options.allow_changes)
     seconds = options.save_seconds

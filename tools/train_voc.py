@@ -1,4 +1,13 @@
-"""Fine-tune and evaluate a detector: the program behind tools/train_voc.sh."""
+r"""Fine-tune and evaluate a detector: the program behind tools/train_voc.sh.
+
+Examples:
+  tools/train_voc.sh runs/convert/backbone.pkl --config thin_R50_C4 \
+      --data data/scenes --out runs/pretrained --seeds 0,1,2
+  tools/train_voc.sh --out runs/pretrained --eval-on data/real_scenes
+
+Run it again after an interruption: finished seeds are kept, the others go on from their last
+checkpoint. Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input.
+"""
 
 import argparse
 import sys
@@ -11,19 +20,10 @@ from common.annotations.record import FORMATS, SetChoice, read_class_names
 from common.files import check_out_folder
 from common.memory import keep_freed_memory
 
-_EXAMPLE = """\
-examples:
-  tools/train_voc.sh runs/convert/backbone.pkl --config thin_R50_C4 \\
-      --data data/scenes --out runs/pretrained --seeds 0,1,2
-  tools/train_voc.sh --out runs/pretrained --eval-on data/real_scenes
-
-Run it again after an interruption: finished seeds are kept, the others go on from their last
-checkpoint. Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input."""
-
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = errors.command_parser(__doc__, _EXAMPLE, prog="tools/train_voc.sh")
+    parser = errors.command_parser(__doc__, prog="tools/train_voc.sh")
     add = parser.add_argument
     add("weights", nargs="?", help="backbone.pkl or .pth from tools/convert_to_d2.py, or `random`")
     add("--config", type=Path, help="YAML file or preset of configs/detection/, as thin_R50_C4")
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--metric-year", type=int, choices=(2007, 2012), help="11-point or area AP")
     add("--num-gpus", type=num_gpus, default=1, metavar="N",
         help="processes, one GPU each; auto: all GPUs that are there (default: 1)")  # fmt: skip
-    add("--threads", type=int, metavar="N", help="CPU threads (default: free cores)")
+    add("--threads", type=errors.whole(1), metavar="N", help="CPU threads (default: free cores)")
     add("--overwrite", action="store_true", help="run seeds again whose settings have changed")
     add("--no-card", action="store_true", help="accept weights without a preprocessing card")
     errors.add_check_options(parser)
@@ -112,7 +112,6 @@ def run(arguments: argparse.Namespace, seeds: list[int] | None) -> dict[str, Any
 
     begin_program()
     check_out_folder(arguments.out)
-    errors.require(arguments.threads is None or arguments.threads > 0, "--threads: give 1 or more")
     overrides = parse_overrides(arguments.opts)
     for option, key in ((arguments.eval_every, "TEST.EVAL_PERIOD"),
                         (arguments.num_eval_images, "TEST.NUM_IMAGES")):  # fmt: skip

@@ -10,7 +10,7 @@ from common.pictures import PICTURE_SUFFIXES
 
 
 class FolderFiles:
-    """The pictures below a folder, and the files of one suffix that annotate them.
+    """The pictures below a folder, the files of one suffix that annotate them, and the others.
 
     Paths are relative to the folder.
     """
@@ -20,12 +20,15 @@ class FolderFiles:
         self.root = root
         self.pictures: list[PurePosixPath] = []
         self.annotations: list[PurePosixPath] = []
+        self.others: list[PurePosixPath] = []
         for file in walk(root):
             path = PurePosixPath(file.relative_to(root).as_posix())
             if path.suffix.lower() in PICTURE_SUFFIXES:
                 self.pictures.append(path)
             elif path.suffix.lower() == suffix:
                 self.annotations.append(path)
+            else:
+                self.others.append(path)
         self._folders = {picture.parent for picture in self.pictures}
         self._by_name: defaultdict[str, list[PurePosixPath]] = defaultdict(list)
         for picture in self.pictures:

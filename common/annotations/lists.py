@@ -28,6 +28,7 @@ _END = re.compile(r"[\d_.-]*$")  # of train2017
 _COPY = re.compile(r"\.rf\.[^/]*$")  # of Roboflow's augmented copies: photo_jpg.rf.1f0a29.jpg
 COPIES = "copies of a picture (NAME.rf.HASH, or the same bytes): all on one side of the split"
 SHARED = "pictures in both lists: AP counts pictures trained on"
+COPIED = "pictures to evaluate with the bytes of one that is trained on: AP counts them"
 OUTSIDE = "pictures in no list's folder: left out"
 
 
@@ -66,6 +67,7 @@ def assemble(
     *,
     stated: Callable[[], Sequence[str] | None] = lambda: None,
     usual: tuple[str, str] | None = None,
+    names_unused: bool = False,
     says_roles: bool = False,
     metric_year: int | None = 2012,
     name: str | None = None,
@@ -83,6 +85,7 @@ def assemble(
         findings: Of the reader.
         stated: After reading, the classes that the set itself names; None: those that occur.
         usual: Lists for training, joined by +, and for evaluation that are not guessed.
+        names_unused: Whether the user is told of the other lists beside `usual`, too.
         says_roles: Whether a file of the set says what its lists are for.
         metric_year: Of the set, unless the choice says it.
         name: Of the set; None: its folder's.
@@ -119,7 +122,7 @@ def assemble(
             read[one] = loaded(one)
             findings.raise_faults()
     splits = {one: read[one] for one in [*needed, *others]}
-    trained = {picture.file for one in train_names for picture in splits[one].pictures}
+    trained = dict.fromkeys(x.file for one in train_names for x in splits[one].pictures)
     shared = [x.file for x in splits[test_name].pictures if x.file in trained]
     if shared and not (says_roles or (choice.train_split and choice.test_split)):
         raise UserError(
@@ -128,10 +131,15 @@ def assemble(
             "and --test-split"
         )
     findings.repairs[SHARED] += len(shared)
-    if usual is None and not (choice.test_only or choice.all_lists or choice.train_split):
-        for one in lists:
-            if one not in needed:
-                findings.ignored[f"list that is not used, {one}: see --train-split"] += 1
+    tested = [x.file for x in splits[test_name].pictures if x.file not in trained]
+    if copied := {} if is_split else _copied(trained, tested):
+        first = (os.path.relpath(file, root) for file in next(iter(copied.items())))
+        findings.repairs[f"{COPIED}, as {' of '.join(first)}"] += len(copied)
+    unused = [one for one in lists if one not in needed]
+    is_told = choice.test_only or choice.all_lists or choice.train_split
+    if unused and not is_told and (usual is None or names_unused):
+        remedy = "--train-split takes them, joined by +"
+        findings.ignored[f"lists that are not used ({', '.join(unused)}): {remedy}"] += len(unused)
 
     # Classes: those of the set, in its order, or the chosen ones.
     present = sorted({x.class_name for split in splits.values() for y in split.pictures
@@ -175,6 +183,18 @@ def _decoding(split: record.LabelledSplit, findings: Findings) -> record.Labelle
         findings.leave_out(Unusable(PICTURE, f"{fault}; replace the picture"), PICTURE)
     kept = (x for x, fault in zip(split.pictures, faults, strict=True) if fault is None)
     return replace(split, pictures=tuple(kept))
+
+
+def _copied(trained: Collection[Path], tested: Collection[Path]) -> dict[Path, Path]:
+    """Files to evaluate -> one with the same bytes that is trained on.
+
+    Only files are read whose size is that of one on the other side.
+    """
+    sizes = {file: file.stat().st_size for file in (*trained, *tested)}
+    common = {sizes[file] for file in trained} & {sizes[file] for file in tested}
+    known = {sha256_of(file): file for file in trained if sizes[file] in common}
+    found = ((file, known.get(sha256_of(file))) for file in tested if sizes[file] in common)
+    return {file: other for file, other in found if other is not None}
 
 
 def _roles(root: Path, lists: Collection[str], choice: record.SetChoice) -> tuple[str, str] | None:

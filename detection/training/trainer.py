@@ -39,6 +39,13 @@ _CHECKPOINTS_KEPT = 2
 _ROW = {"iteration": int}
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Give all processes the first one's buffers; in Detectron2's training each has its own."""
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
 class SeedEachStep(HookBase):
     """Seeds torch before each step from (seed, iteration, rank).
 
@@ -284,6 +291,10 @@ class Trainer(DefaultTrainer):
             self.register_hooks([hooks.PeriodicWriter(writers, period=period)])
 
     def evaluate(self) -> Evaluation | None:
-        """Evaluate the detector as it is; None on other ranks than the first."""
+        """Evaluate the detector as it is; None on other ranks than the first.
+
+        All take the first one's batch statistics, which are those of the checkpoints.
+        """
+        share_buffers(self.model)
         loader = build_test_loader(self.cfg, self.cfg.DATASETS.TEST[0])
         return evaluate_detector(self.cfg, self.model, loader, self.data)

@@ -32,11 +32,6 @@ _NOISE = 0.01  # pixels, of the digits of shares
 SHEET_PICTURES, _COLUMNS, _CELL = 24, 4, 480  # of --show; pixels
 
 
-def read_source(source: Path, choice: SetChoice) -> LabelledSet:
-    """Read every list and picture of a set; see `read_set` for what is raised."""
-    return read_set(source, replace(choice, all_lists=True, decodes=True))
-
-
 def import_labelled(
     source: Path, data: LabelledSet, choice: SetChoice, out: Path, num_workers: int, overwrite: bool
 ) -> bool:
@@ -44,7 +39,7 @@ def import_labelled(
 
     Args:
         source: Where it is.
-        data: From `read_source`.
+        data: Every list of it, all pictures decoded.
         choice: What it was read with.
         out: Folder to make.
         num_workers: Processes that decode and copy.

@@ -471,9 +471,9 @@ def write(out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the report of a run's folder, and its results.json: other sets may have come since."""
-    text = "Write report.html and results.json of a run again, finished or not."
     parser = errors.command_parser(
-        text, "example: .venv/bin/python pipeline/report/report.py runs/demo"
+        "Write report.html and results.json of a run again, finished or not.\n\n"
+        "Example:\n  .venv/bin/python pipeline/report/report.py runs/demo"
     )
     parser.add_argument("out", type=Path, metavar="DIR", help="a pipeline's or study's run")
     options = parser.parse_args(arguments)

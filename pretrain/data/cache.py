@@ -305,8 +305,8 @@ class ShardCache:
 
     def _remove_leftovers(self) -> None:
         for path in self._partial.iterdir():
-            with self.lock(path.name, wait=False) as is_free:
-                if is_free:
+            with self.lock(path.name, wait=False) as descriptor:
+                if descriptor is not None:
                     path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -318,14 +318,14 @@ class ShardCache:
             finally:
                 unlock(stream)
 
-    def lock(self, name: str, wait: bool = True) -> AbstractContextManager[bool]:
+    def lock(self, name: str, wait: bool = True) -> AbstractContextManager[int | None]:
         """Hold a lock that other processes and threads see; it dies with its process.
 
         Args:
             name: Which lock.
             wait: False: give up if it is held.
         Returns:
-            A context that gives True if it is held now.
+            A context that gives its file descriptor; None if another holds it.
         """
         return locked(self.folder / "locks" / name, patience=math.inf if wait else 0.0)
 

@@ -106,6 +106,7 @@ class InputPipeline:
         self._known_bad = listed | unusable
         self._max_bad = data.max_bad_samples + len(listed.keys() - own - unusable.keys())
         self._loader = self._make_loader(data.num_workers)
+        self._side: torch.cuda.Stream | None = None
         # What is left out is listed once, by the first process.
         self._num_listed = len(listed if dist.rank() == 0 else self._known_bad)
         self.num_steps = self._loader.num_steps
@@ -159,7 +160,8 @@ class InputPipeline:
         if self._device.type != "cuda":
             yield from itertools.starmap(self._prepare, batches)
             return
-        side = torch.cuda.Stream(self._device)
+        # One for all epochs: what a stream has freed serves that stream alone.
+        self._side = side = self._side or torch.cuda.Stream(self._device)
         ready: tuple[DeviceBatch, torch.cuda.Event] | None = None
         for batch, waited in batches:
             with torch.cuda.stream(side):

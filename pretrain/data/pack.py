@@ -32,18 +32,8 @@ import numpy as np
 import simplejpeg
 from tqdm import tqdm
 
+from common import files
 from common.errors import RunFailed, UserError, at_least, positive, printable, require
-from common.files import (
-    LOCK,
-    held,
-    lock_file,
-    read_record,
-    read_record_or_none,
-    remove_partial_files,
-    sha256_of,
-    write_atomically,
-    write_json,
-)
 from common.parent_death import exit_with_parent
 from common.pictures import BadPicture, decode, read_file
 from pretrain.data.index import ShardPart, TarSample, load_table, read_index, write_index
@@ -320,8 +310,8 @@ def write_shard(plan: ShardPlan, folder: Path, options: ShardOptions, max_bad: i
                     member.size, member.mode = len(data), 0o644
                     tar.addfile(member, io.BytesIO(data))
 
-    write_atomically(path, write)
-    part = ShardPart.of(plan.name, entries, skipped, path.stat().st_size, sha256_of(path))
+    files.write_atomically(path, write)
+    part = ShardPart.of(plan.name, entries, skipped, path.stat().st_size, files.sha256_of(path))
     part.save(folder / PARTS / plan.name, plan.fingerprint)
     return part
 
@@ -330,7 +320,7 @@ def read_part(folder: Path, plan: ShardPlan) -> ShardPart | None:
     """The part that `write_shard` left, if it is this plan's and its tar is whole; else None."""
     part = ShardPart.load(folder / PARTS / plan.name, plan.fingerprint)
     with suppress(OSError):
-        if part is not None and sha256_of(folder / plan.name) == part.shard["sha256"]:
+        if part is not None and files.sha256_of(folder / plan.name) == part.shard["sha256"]:
             return part
     return None
 
@@ -365,10 +355,10 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises:
         UserError: If another command, or a task of an earlier one, is writing there.
     """
-    with held(folder / LOCK, patience=0.0, of_process=False):
+    with files.held(folder / files.LOCK, patience=0.0, of_process=False):
         with suppress(FileNotFoundError), open(folder / PARTS / _TASKS, "r+b") as tasks:
             require(
-                lock_file(tasks, folder),
+                files.lock_file(tasks, folder),
                 f"{folder}: tasks of an earlier command are still writing here; wait for them or "
                 "cancel them, then give the command again",
             )
@@ -388,9 +378,9 @@ def shared_with_tasks(folder: Path, run_id: str) -> Iterator[None]:
     except FileNotFoundError:
         raise replaced from None
     with tasks:
-        lock_file(tasks, folder, shared=True, wait=True)
+        files.lock_file(tasks, folder, shared=True, wait=True)
         plan_file = folder / PARTS / PLAN_FILE
-        if (read_record_or_none(plan_file) or {}).get("run") != run_id:
+        if (files.read_record_or_none(plan_file) or {}).get("run") != run_id:
             raise replaced
         yield
 
@@ -620,15 +610,15 @@ def write_shards(
                 shutil.rmtree(parts, ignore_errors=True)
             if plan_file.exists():
                 remedy = f"what was made here is not known; {_REMEDY}"
-                found = read_record(plan_file, {"fingerprint": str}, remedy=remedy)
+                found = files.read_record(plan_file, {"fingerprint": str}, remedy=remedy)
                 other = f"{folder}: an unfinished run with another source or other options is here"
                 require(found["fingerprint"] == fingerprint, f"{other}; {_REMEDY}")
             elif tars := sorted(folder.glob("*.tar")):
                 raise UserError(f"{tars[0]}: a tar that this run did not make; {_REMEDY}")
             parts.mkdir(parents=True, exist_ok=True)
-            remove_partial_files(folder)
-            remove_partial_files(parts)
-            write_json(plan_file, {"fingerprint": fingerprint, "run": run_id})
+            files.remove_partial_files(folder)
+            files.remove_partial_files(parts)
+            files.write_json(plan_file, {"fingerprint": fingerprint, "run": run_id})
 
             # What an earlier run has finished is kept.
             kept = {plan.name: read_part(folder, plan) for plan in plans}

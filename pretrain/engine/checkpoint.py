@@ -69,7 +69,7 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         UserError: If the file is missing, damaged, or something else than our checkpoint.
     """
-    state = read(path)
+    state = checkpoints.read(path)
     if not checkpoints.is_ours(state):
         raise UserError(
             f"{path} is not a checkpoint of format {FORMAT!r}; only a run of tools/pretrain.sh "
@@ -78,30 +78,6 @@ def load(path: Path) -> dict[str, Any]:
     missing = sorted(set(FIELDS) - set(state))
     if missing:
         raise UserError(f"checkpoint {path} lacks {missing}; it is damaged: start again")
-    return state
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Read a dict of plain types and tensors, and check its checksum where it has one.
-
-    Raises:
-        UserError: If the file is missing, damaged, or holds something else.
-    """
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist")
-    try:
-        state = checkpoints.read(path)
-    except UserError as error:
-        raise UserError(
-            f"checkpoint {path} cannot be read: it is damaged or not a checkpoint of this program "
-            f"({error}). Take an older one from checkpoints/ or start again"
-        ) from error
-    if not isinstance(state, dict):
-        raise UserError(
-            f"{path} is not a checkpoint of format {FORMAT!r}: it holds a {type(state).__name__}"
-        )
-    if not checkpoints.is_ours(state):  # else `checkpoints.read` has done so
-        checkpoints.check_sum(state, path)
     return state
 
 
@@ -117,7 +93,7 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], str | None]:
         Its state, and what the user should know if it is not the last that was written.
 
     Raises:
-        UserError: If none is whole; the message is that of the last one.
+        UserError: If none is whole; the message says what is wrong with the last one.
     """
     try:
         return load(folder / NAME), None
@@ -129,7 +105,7 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], str | None]:
         except UserError:
             continue
         return state, f"{first}. Going on from {older} (step {state['step']}) instead"
-    raise first
+    raise UserError(f"{first}. No older checkpoint is whole: start again") from first
 
 
 class Checkpoints(Callback):

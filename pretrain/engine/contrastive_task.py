@@ -26,6 +26,7 @@ from pretrain.engine.trainer import Position, StepResult
 from pretrain.features.augmentations.base import fa_generator
 from pretrain.features.mixing import Mixing
 from pretrain.model.joint_embedding import FAContrastive
+from pretrain.precision import autocast_type
 
 ROWS_PER_HISTOGRAM = 10  # a histogram goes with every tenth logged row, and with the last
 # Beginnings of keys that may change when a run goes on: they decide no gradient, or its rounding
@@ -78,7 +79,7 @@ class ContrastiveTask:
         }  # fmt: skip
         self.num_steps = input_pipeline.num_steps * config.optim.epochs
         self.data_fingerprint = input_pipeline.fingerprint
-        self.autocast_type = dist.autocast_type(config.engine.precision, device)
+        self.autocast_type = autocast_type(config.engine.precision, device)
         self.guard = NonFiniteGuard(config.engine, folder, model, device)
         forward: nn.Module = model.online
         if dist.is_on():

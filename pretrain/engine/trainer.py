@@ -176,6 +176,7 @@ class Trainer(Generic[AnyTask]):
         device: torch.device,
     ) -> None:
         self.task, self.batches, self.callbacks, self.device = task, batches, callbacks, device
+        self._is_cuda = device.type == "cuda"
         self.num_epochs, self.num_steps = num_epochs, num_epochs * batches.num_steps
         self._engine = engine
         self._num_new_bad_samples = 0  # of this process, not yet in the sum over all
@@ -245,7 +246,7 @@ class Trainer(Generic[AnyTask]):
         state = self.task.state_dict() | {
             "random": {
                 "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "cuda": [torch.cuda.get_rng_state(self.device)] if self._is_cuda else [],
             },
             "position": dict(vars(self.position)),
             "step": self.position.step,
@@ -270,10 +271,8 @@ class Trainer(Generic[AnyTask]):
         """
         changes = self.task.load_state_dict(state, allow_changes=allow_changes)
         torch.set_rng_state(state["random"]["torch"])
-        if torch.cuda.is_available():  # perhaps with fewer devices than before
-            saved = state["random"]["cuda"][: torch.cuda.device_count()]
-            for device, random_state in enumerate(saved):
-                torch.cuda.set_rng_state(random_state, device)
+        if self._is_cuda and state["random"]["cuda"]:  # the first process's, which all draw alike
+            torch.cuda.set_rng_state(state["random"]["cuda"][0], self.device)
         known = vars(Position())  # older versions counted more
         position = Position(**{key: state["position"].get(key, known[key]) for key in known})
         self.position = position

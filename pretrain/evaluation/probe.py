@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from common.backbone import Preprocessing
 from common.errors import UserError, require
+from common.network import shapes_alone
 from pretrain import collectives as dist
 from pretrain.config import DataConfig, EvalConfig
 from pretrain.data.input_pipeline import DeviceBatch
@@ -31,6 +32,7 @@ _LOWEST_TEMPERATURE = 1e-30  # float32 holds it; the nearest entry alone decides
 QUERY_CHUNK = 512
 BANK_CHUNK = 8192
 """Rows compared together: similarities never take more than 512 x 8192 x 4 bytes, 17 MB."""
+WORKERS_FROM = 20_000  # pictures; to start workers costs as much as to decode some hundred
 
 
 # -- features and their neighbours --
@@ -78,7 +80,8 @@ def extract_features(
     num_seen = 0
     size = image_size or data.image_size
     pixels = Preprocessing(data.pixel_mean, data.pixel_std)
-    for batch in central_crops(index, size, batch_size, may_replace=may_replace):
+    num_workers = data.num_workers if num >= WORKERS_FROM else 0
+    for batch in central_crops(index, size, batch_size, num_workers, may_replace=may_replace):
         x = pixels.normalise(batch.views[0].to(device))
         computed = backbone(x).float()
         if num_seen == 0:
@@ -232,7 +235,8 @@ class OnlineProbe(Callback):
     ) -> None:
         self._lr = lr
         dim = cast(int, backbone.output_dim)
-        linear = nn.Linear(dim, num_classes, device="meta")  # draws nothing there
+        with shapes_alone():  # draws no random number
+            linear = nn.Linear(dim, num_classes)
         self.classifier = linear.to_empty(device=device)
         for parameter in self.classifier.parameters():
             nn.init.zeros_(parameter)

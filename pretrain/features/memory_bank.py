@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+
+from pretrain.precision import exact_products
 
 Distance = Literal["cosine", "truncated"]
 
@@ -20,21 +20,6 @@ TRUNCATION = 2.0  # in units of 1 / sqrt(d), the typical size of a component
 MIN_SHORTLIST, SHORTLIST_PER_NEIGHBOUR = 64, 4  # entries that `truncated` ranks: 4 k, at least 64
 CONSENSUS_TEMPERATURE = 0.1
 UNKNOWN = -1  # sample id or label of an entry that came without one
-
-
-@contextlib.contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
-    """Matrix products in fp32: neither autocast nor TF32."""
-    before = torch.get_float32_matmul_precision()
-    is_rounded = before != "highest"  # setting what is set would make torch.compile start anew
-    if is_rounded:
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        if is_rounded:
-            torch.set_float32_matmul_precision(before)
 
 
 @torch.no_grad()

@@ -131,7 +131,7 @@ def spherical_kmeans(
     Returns:
         The centroids, of unit length, and the nearest one of each row.
     """
-    from pretrain.features.memory_bank import exact_products
+    from pretrain.precision import exact_products
 
     numbers = torch.arange(num_clusters, device=x.device)
     order = torch.randperm(len(x), generator=generator).to(x.device)

@@ -40,7 +40,7 @@ def figures_of(module, arguments, tmp_path):
         ("detection_step", "--cells R18_FPN", "give CONFIG@PIXELS"),
         ("fa_overhead", f"{TINY} --cells infonce/post/mask", "names nothing that can train"),
         ("fa_overhead", f"{TINY} --cells byol/*/nn,byol/nn,*/up", "'byol/nn', '*/up' names none"),
-        ("fa_overhead", "--repeats 0", "--repeats: 0: must be at least 1"),
+        ("fa_overhead", "--repeats 0", "--repeats: 0: give 1 or more"),
         ("cost_growth", "--axes sideways", "unknown value 'sideways'"),
         ("loader", "--num-photos 24 --batch-size 16", "multiple of 16, --num-photos of --batch"),
         ("train_step", "--peak-tflops -1", "--peak-tflops -1.0: must be more than 0"),

@@ -1,10 +1,13 @@
 """The one call for a GPU machine: its parts at tiny sizes, a part that fails, the table."""
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -35,21 +38,65 @@ def test_dry_run_on_the_cpu_writes_one_json_and_one_table(tmp_path):
     assert f"| {rate:.4g} |" in table
 
 
-def test_its_tests_are_all_marked_ones_and_need_no_detectron2():
-    """A bare machine has none, and pytest stops at a file that cannot be imported."""
-    places = [ROOT / place for place in gpu_all.GPU_TESTS]
-    files = {
-        file
-        for place in places
-        for file in (place.rglob("test_*.py") if place.is_dir() else [place])
-    }
-    marked = {file for file in (ROOT / "tests").rglob("test_*.py")
+def test_its_tests_are_all_marked_ones():
+    marked = {str(file.relative_to(ROOT)) for file in (ROOT / "tests").rglob("test_*.py")
               if "pytest.mark." + "gpu" in file.read_text()}  # fmt: skip
-    assert marked <= files
-    importing = re.compile(
-        r"^(from|import) (detection|detectron2|tests\.detection)\b", re.MULTILINE
+    assert marked == set(gpu_all.GPU_TESTS)
+
+
+def installed_with(names):
+    """These distributions, and all that pip installs beside them."""
+    found, todo = set(), list(names)
+    while todo:
+        name = todo.pop().lower()
+        if name in found:
+            continue
+        with contextlib.suppress(metadata.PackageNotFoundError):  # of another platform
+            requirements = [
+                text for text in metadata.requires(name) or [] if "extra ==" not in text
+            ]
+            todo += [text for one in requirements for text in re.findall(r"^[\w.-]+", one)]
+            found.add(name)
+    return found
+
+
+@pytest.mark.slow
+def test_its_tests_need_only_what_the_bundle_brings_and_the_machine_has(tmp_path):
+    """pytest stops at a file that cannot be imported, and none of the tests would run."""
+    script = (ROOT / "benchmarks/gpu_all.sh").read_text()
+    expected, wheels = (
+        match.split()
+        for match in re.findall(r'^(?:expected|wheels)="([^"]*)"', script, re.MULTILINE)
     )
-    assert [file.name for file in files if importing.search(file.read_text())] == []
+    modules = {"cv2": "opencv-python", "PIL": "pillow"}
+    there = installed_with(modules.get(name, name) for name in expected) | set(wheels)
+    for name in there:
+        site = Path(str(metadata.distribution(name).locate_file("")))
+        for top in {file.parts[0] for file in metadata.files(name) or []} - {".."}:
+            with contextlib.suppress(FileExistsError):
+                (tmp_path / top).symlink_to(site / top)
+    command = [sys.executable, "-S", "-m", "pytest", "--collect-only", "-q", "-m", "gpu",
+               "-p", "no:cacheprovider", *gpu_all.GPU_TESTS]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for file in gpu_all.GPU_TESTS:
+        assert f"{file}::" in done.stdout
+
+
+def test_figures_go_where_the_caller_stands(tmp_path):
+    """From a bundle too, which may be lost with the machine."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$1" in -c) exit 0;; esac\necho "$PWD $*"\n')
+    python.chmod(0o755)
+    script = str(ROOT / "benchmarks/gpu_all.sh")
+    done = subprocess.run(
+        ["bash", script, "--out", "figures"], env=os.environ | {"PYTHON": str(python)},
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.split()[::2] == [str(tmp_path), "--out"]
 
 
 def test_the_whole_call_is_planned_within_eight_minutes():

@@ -122,6 +122,18 @@ def test_contract(tmp_path):
     }
 
 
+def test_a_time_limit_costs_the_rates_from_shards_alone(tmp_path, monkeypatch):
+    def stopped(*_):
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(train_step, "wall_rates", stopped)
+    out = tmp_path / "step.json"
+    assert train_step.main([*TINY, "--rounds", "1", "--json", str(out)]) == 1
+    figures = json.loads(out.read_text())
+    assert set(figures["ratios"]) == {"ours/eager", "ours/solo-learn-like", "ours/lightly-like"}
+    assert "from_shards_share" not in figures
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_rivals_scale_their_loss(tmp_path):

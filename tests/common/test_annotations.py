@@ -445,7 +445,12 @@ def test_an_own_devkit_is_not_taken_for_pascals(devkit: Path, label: str) -> Non
         file.write_text(file.read_text().replace("dog", label).replace("<xmax>20", "<xmax>23"))
     data = read_set(devkit)
     assert (data.classes, data.metric_year, data.train[0].name) == ((label,), 2012, "trainval")
-    assert data.notes == ("2 boxes that reach further outside their picture: clipped",)
+    unused = "2 lists that are not used (voc_2012_test, voc_2012_trainval): --train-split takes"
+    assert data.notes == (
+        "2 boxes that reach further outside their picture: clipped", f"{unused} them, joined by +"
+    )  # fmt: skip
+    both = read_set(devkit, SetChoice(train_split="voc_2007_trainval+voc_2012_trainval"))
+    assert (both.num_train, len(both.notes)) == (2, 1)
     chosen = SetChoice(classes=VOC_CLASSES)  # says that it is a part of PASCAL's
     with pytest.raises(UserError, match=r"lies outside" if label == "person" else "unknown class"):
         read_set(devkit, chosen)

@@ -102,13 +102,16 @@ def test_an_optional_value_is_no_word_of_another_kind(parse, words, parsed):
         (["--otu=x", "--xyz"], "unrecognized arguments: --otu=x --xyz; did you mean --out?"),
         (["run", "--lst"], "unrecognized arguments: --lst; did you mean --list?"),
         (["rnu"], "unknown value 'rnu'; did you mean run?"),
+        (["--batch", "0"], "--batch: 0: give 1 or more"),
+        (["--batch", "1.5"], "--batch: invalid whole_number value: '1.5'"),
     ],
 )
-def test_options_and_their_values_are_answered_with_the_nearest(words, message, capsys):
+def test_a_wrong_word_is_answered_with_what_it_may_be(words, message, capsys):
     parser = errors.command_parser("")
     errors.add_check_options(parser)
     parser.add_argument("--format", choices=("voc", "coco"))
     parser.add_argument("--out")
+    parser.add_argument("--batch", type=errors.whole(1))
     parser.add_subparsers().add_parser("run").add_argument("--list")
     with pytest.raises(SystemExit):
         parser.parse_args(words)

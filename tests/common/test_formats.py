@@ -1,6 +1,7 @@
 """Sets as annotation tools write them: recognised, and read to the same boxes; seeded splits."""
 
 import json
+import os
 import shutil
 from collections.abc import Collection
 from itertools import product
@@ -11,9 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.annotations import lists
+from common.annotations.formats.yolo import Yolo
 from common.annotations.lists import seeded_split
 from common.annotations.record import FORMATS, LabelledSet, SetChoice, read_set
 from common.errors import UserError
+from common.files import sha256_of
 from tests import layouts
 from tests.layouts import BOXES, LABELS, LAYOUTS, NAMES, PARTS, write
 
@@ -150,6 +154,15 @@ def test_a_folder_of_older_labels_is_counted(yolo: Path) -> None:
     assert read_set(yolo).notes == (
         f"{number} text files in folders of which no picture has one: not used",
     )
+
+
+def test_a_yolo_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    LAYOUTS["LabelImg YOLO"][1](tmp_path)
+    listed: list[Path] = []
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda top, **more: listed.append(top) or walk(top, **more))
+    Yolo.read(tmp_path, SetChoice())
+    assert listed == [tmp_path]
 
 
 def test_lists_of_classes_that_differ(tmp_path: Path) -> None:
@@ -378,6 +391,23 @@ def test_pictures_in_both_lists_are_refused_or_counted(
     own = {"classes": ["cat", "dog"], "train_split": "trainval", "test_split": test}
     write(tmp_path / "dataset.json", json.dumps(own))
     assert read_set(tmp_path).notes == counted
+
+
+def test_copies_in_both_lists_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of the same bytes under two names; others are read only if one has their size."""
+    read: list[Path] = []
+    monkeypatch.setattr(lists, "sha256_of", lambda file: read.append(file) or sha256_of(file))
+    layouts.parted("{part}/{name}.jpg", "{part}/{name}.xml", layouts.of_xml)(tmp_path)
+    pictures = {file.stem: file for file in tmp_path.glob("*/*.jpg")}
+    for number, name in enumerate(NAMES):
+        pictures[name].write_bytes(pictures[name].read_bytes() + bytes(100 * number))
+    assert read_set(tmp_path).notes == ()
+    assert read == []
+    shutil.copy(pictures["photo 1"], pictures["photo 4"])
+    pictures["photo 5"].write_bytes(pictures["photo 2"].read_bytes()[:-1] + b"1")
+    note = "1 pictures to evaluate with the bytes of one that is trained on: AP counts them"
+    assert read_set(tmp_path).notes == (f"{note}, as valid/photo 4.jpg of train/photo 1.jpg",)
+    assert {file.stem for file in read} == {"photo 1", "photo 2", "photo 4", "photo 5"}
 
 
 def test_a_data_yaml_may_name_a_folder_twice(tmp_path: Path) -> None:

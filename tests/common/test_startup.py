@@ -12,6 +12,8 @@ if sys.argv[1] == "simple":
     assert gc.isenabled() and gc.get_freeze_count() > 100_000
 import torch
 import pretrain.engine.profiling, pretrain.run, detection.training.run
+from common.backbone import tensor_shapes
+from common.resnet import NAMED
 from detectron2.layers import Conv2d, ROIAlign
 from pretrain.engine.optim import LARS
 
@@ -29,6 +31,7 @@ for kind, options in kinds.items():
         ROIAlign(2, 1.0, 0)(model(images), rois).square().sum().backward()
         optimizer.step()
         optimizer.load_state_dict(optimizer.state_dict())
+    tensor_shapes(NAMED["R18"])
     print([x.hex() for x in torch.cat([w.detach().flatten() for w in model.parameters()]).tolist()])
 parts = ("torch._dynamo", "torch._inductor", "triton")
 compiler = [name for name in sys.modules if name.startswith(parts)]

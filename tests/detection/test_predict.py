@@ -19,7 +19,9 @@ from common.annotations.record import SetChoice, read_set
 from common.drawing import draw_boxes, drawable_name, place_plate
 from common.errors import UserError
 from common.files import read_json as read
+from detection import predict as predict_module
 from detection.predict import Prediction, find_weights, load_detector
+from detection.training import config
 from detection.training.config import describe, load_config, parse_overrides
 from tests.detection.evaluation.reference_metrics import (
     VOC_2012,
@@ -190,6 +192,17 @@ def test_wrong_files_give_one_error(change, message, weights, tmp_path):
     torch.save(content, tmp_path / "wrong.pth")
     with pytest.raises(UserError, match=message):
         load_detector(tmp_path / "wrong.pth")
+
+
+def test_values_are_checked_once_and_again_with_overrides(weights: Path, monkeypatch) -> None:
+    checked: list[object] = []
+    for module in (config, predict_module):
+        monkeypatch.setattr(module, "check_values", lambda *given: checked.append(given))
+    load_detector(weights, device="cpu")
+    assert len(checked) == 1
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"any name.pth: INPUT.MIN_SIZE_TEST is -1; give at least"):
+        load_detector(weights, device="cpu", overrides={"INPUT.MIN_SIZE_TEST": "-1"})
 
 
 def test_pixels_files_and_lists_give_the_same_boxes(weights: Path, tmp_path: Path) -> None:

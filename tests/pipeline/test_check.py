@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from PIL import Image
 
 from common.errors import EACH, RunFailed, UserError, run_or_check_each
 from pipeline import experiment
@@ -150,6 +151,23 @@ def test_every_fault_is_found_before_the_first_stage(folder: Path) -> None:
     for name, (_, message) in PRETRAINING.items():
         assert any(f"pretrain/{name}" in line and message in line for line in lines), name
     assert "pretrain/arch has only online" in str(caught.value)
+
+
+@pytest.mark.usefixtures("_in_this_process")
+def test_notes_and_faults_of_detection_name_settings(folder: Path, tmp_path: Path) -> None:
+    """The options of tools/train_voc.sh are none of run_pipeline."""
+    shutil.copytree(folder / "voc", tmp_path / "voc")
+    path = min((tmp_path / "voc/VOC2007/JPEGImages").iterdir())
+    exif = Image.Exif()
+    exif[0x112] = 3
+    Image.open(path).save(path, exif=exif)
+    words = ["detection.overrides.SEED=3", "detection.options.test_split=train+test"]
+    given = [[f"data.dataset={tmp_path / 'voc'}"], *([word] for word in words)]
+    stages = {str(x): stages_of(folder, tmp_path, *x)[1][-2] for x in given}
+    noted, seed, lists = experiment.ask(stages, ROOT)
+    assert noted["notes"][0].endswith("; detection.options.exif=stored says otherwise")
+    assert seed["error"] == "SEED: use detection.seeds=.."
+    assert lists["error"].startswith("detection.options.test_split=.. train+test: give one list")
 
 
 @pytest.mark.usefixtures("_in_this_process")

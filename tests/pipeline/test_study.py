@@ -186,7 +186,6 @@ def test_mistakes_in_a_preset_are_named(files: Path, change: dict, message: str)
         (["--preset", "huge"], "known are demo, letters, longer-cpu, reproduce-cpu, reproduce-gpu"),
         (["--data", "cifar"], "--data: unknown set cifar; known are fashion-mnist, photos"),
         (["--metrics", "top5"], "--metrics: unknown metric top5; known are knn, linear"),
-        (["--parallel", "0"], "--parallel 0: give 1 or more"),
         (["--max-minutes", "0.1"], "the last 20 s are for saving"),
     ],
 )
@@ -345,7 +344,6 @@ def test_weights_without_a_card_are_converted_once(words: list[str], tmp_path: P
         (["--data", "nowhere"], "nowhere does not exist"),
         (["--config", "nowhere.yaml"], "unknown config 'nowhere.yaml'"),
         (["--published", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
-        (["--seeds", "0"], "--seeds 0: give 1 or more"),
     ],
 )
 def test_mistakes_of_trials_are_named(words, change, message, capsys) -> None:

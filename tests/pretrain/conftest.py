@@ -22,6 +22,15 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _products_as_before():
+    """A run sets the precision of products for its whole process."""
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = cudnn
+
+
 def make_objective(name, **options):
     """An objective by name; options that are another objective's are left out."""
     cls = Objective.registry[name]

@@ -206,7 +206,6 @@ def test_check_says_what_would_be_done(weights, folder, capsys):
         ("W pictures --out f.npz --duplicates d.json --threshold 2", "from 0.5 to 1"),
         ("W pictures --out f.npz --neighbours pictures/a.jpg", "is one of the pictures"),
         ("W pictures/a.jpg --out f.npz --neighbours s.jpg", "one picture has no neighbour"),
-        ("W pictures --out f.npz --batch 0", "--batch 0: give 1 or more"),
         ("W pictures --out f.npz --image-size 3", "image_size=3: must be at least 16"),
         ("W pictures/notes.txt --out f.npz", "pictures/notes.txt: does not decode"),
         ("W empty --out f.npz", "empty: holds no file"),

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from common import checkpoints
 from common.network import ResNet
 from common.resnet import Arch
 from pretrain.data.pack import ShardOptions, SourcePicture, write_shards
-from pretrain.engine import checkpoint
 from tools import linear_eval as tool
 
 ROOT = Path(__file__).parents[2]
@@ -124,8 +124,8 @@ def test_a_killed_evaluation_ends_with_the_same_weights(work, whole, tmp_path, n
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + 15), printed
     assert not (out / "linear.json").exists()
-    step = checkpoint.read(out / "checkpoint.pth")["position"]["step"]
+    step = checkpoints.read(out / "checkpoint.pth")["position"]["step"]
     assert 7 <= step < 360
     assert tool.main(options_of(work, out, *MORE, "--resume")) == 0
-    a, b = (checkpoint.read(folder / "checkpoint.pth")["heads"] for folder in (whole, out))
+    a, b = (checkpoints.read(folder / "checkpoint.pth")["heads"] for folder in (whole, out))
     assert all(map(torch.equal, a, b))

@@ -32,6 +32,8 @@ def config(tmp_path: Path) -> str:
         (["--tasks-per-node", "5"], "batch_size=24 cannot be divided among 1 nodes of 5"),
         (["--nodes", "4", "--min-nodes", "1", "--tasks-per-node", "3", "data.batch_size=12"],
          "divided among 3 nodes of 3"),
+        (["--nodes", "3", "--min-nodes", "2", "data.batch_size=24", "optim.micro_batch_size=8",
+          "optim.accumulation=cached"], "micro_batch_size=8 cannot be divided among 3 nodes of 1"),
         (["--nodes", "2", "--min-nodes", "3"], "--min-nodes 3 is above --nodes 2"),
         (["--cluster", "local", "--nodes", "2"], "--cluster local has one node"),
     ],

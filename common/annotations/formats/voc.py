@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import re
-import unicodedata
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Collection
@@ -128,6 +127,7 @@ class Voc(record.LabelledFormat):
             findings,
             stated=lambda: stated,
             usual=(spelt(train), spelt(test)) if has_usual else None,
+            names_unused=not (description or is_official),
             says_roles=bool(description),
             metric_year=year,
             name=description.get("name") and str(description["name"]),
@@ -285,9 +285,9 @@ class PictureFinder:
             with contextlib.suppress(OSError, ValueError):
                 for file in map(Path, sorted(os.scandir(place.parent), key=os.fspath)):
                     if file.suffix.lower() in PICTURE_SUFFIXES:
-                        by_stem[unicodedata.normalize("NFC", file.stem)].append(file)
+                        by_stem[checks.composed(file.stem)].append(file)
             self._listed[place.parent] = by_stem
-        files = self._listed[place.parent].get(unicodedata.normalize("NFC", place.name), [])
+        files = self._listed[place.parent].get(checks.composed(place.name), [])
         if not files and (stem := self.without_suffix(image_id)) != image_id:
             suffix = place.suffix.lower()
             return [file for file in self.find(stem) if file.suffix.lower() == suffix]
@@ -298,7 +298,7 @@ class PictureFinder:
         stem, suffix = os.path.splitext(image_id)
         place = self.root / image_id
         by_stem = self._listed.get(place.parent, {})
-        is_whole = unicodedata.normalize("NFC", place.name) in by_stem
+        is_whole = checks.composed(place.name) in by_stem
         return image_id if is_whole or suffix.lower() not in PICTURE_SUFFIXES else stem
 
     def require(self, image_id: str) -> Path:

@@ -45,7 +45,7 @@ class Yolo(record.LabelledFormat):
         """Whether there is a YAML file with names, or a list of names and a text file of boxes."""
         if _yaml_file(root) is not None:
             return True
-        if not _names_files(root):
+        if not any(path.name in _NAME_FILES for path in walk(root)):
             return False
         files = FolderFiles(root, ".txt")
         return any(files.picture_of(path) for path in files.annotations)
@@ -60,7 +60,7 @@ class Yolo(record.LabelledFormat):
         path, content = _yaml_file(root), {}
         if path is not None:
             content = read_yaml(path)
-        names = _class_names(root, path, content)
+        names = _class_names(files, path, content)
         lists = _lists(files, path, content, findings)
         has_keypoints = "kpt_shape" in content
         texts = {picture: _text_file(root, picture) for picture in files.pictures}
@@ -100,18 +100,19 @@ def _yaml_file(root: Path) -> Path | None:
     return None
 
 
-def _names_files(root: Path) -> list[Path]:
+def _names_files(files: FolderFiles) -> list[Path]:
     """The lists of class names; that with which LabelImg starts counts if there is no other."""
-    paths = [path for path in walk(root) if path.name in _NAME_FILES]
+    listed = (*files.annotations, *files.others)
+    paths = [files.root / path for path in listed if path.name in _NAME_FILES]
     return [path for path in paths if path.name != _STARTED_WITH] or paths
 
 
-def _class_names(root: Path, path: Path | None, content: dict[str, Any]) -> tuple[str, ...]:
+def _class_names(files: FolderFiles, path: Path | None, content: dict[str, Any]) -> tuple[str, ...]:
     """Class names in the order of their numbers: a list, or a map from numbers."""
     if path is None:
-        paths = _names_files(root)
+        paths = _names_files(files)
         if not paths:
-            raise UserError(f"{root}: has no data.yaml with names, nor classes.txt; add one")
+            raise UserError(f"{files.root}: has no data.yaml with names, nor classes.txt; add one")
         rows = [[x.strip() for x in read_text(one).split("\n") if x.strip()] for one in paths]
         path, raw = paths[0], rows[0]
         for other, own in zip(paths, rows, strict=True):

@@ -10,6 +10,7 @@ import numpy as np
 from common.errors import require
 from common.lazy import Tensor, functional, torch
 from pretrain.data.augmentations.operation import Operation, Parameters, Step, change_where
+from pretrain.precision import exact_products
 
 # Weights are multiples of 1/256: OpenCV then filters in integers, twice as fast.
 _KERNEL_STEPS = 256
@@ -92,7 +93,8 @@ def blur_by_matrix(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
         2, source.expand(num, -1, -1), kernel[:, None, :].expand(-1, size, -1).contiguous()
     )
     matrix = matrix.unsqueeze(1)
-    return matrix @ x @ matrix.transpose(2, 3)
+    with exact_products(x.device):
+        return matrix @ x @ matrix.transpose(2, 3)
 
 
 def uint8_kernels(sigma: np.ndarray, kernel_size: int) -> list[np.ndarray | None]:

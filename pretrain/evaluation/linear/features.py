@@ -33,6 +33,7 @@ from pretrain.data.random_numbers import stable_hash
 from pretrain.data.shards import Samples
 from pretrain.evaluation.linear.config import LinearConfig
 from pretrain.load import PicturePreprocessing, from_checkpoint
+from pretrain.precision import autocast_type
 
 RANDOM = "random:"
 Branch = Literal["online", "ema"]
@@ -106,7 +107,7 @@ class FrozenBackbone:
         self.model, self._device = model.to(device), device
         if device.type == "cuda":
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._is_bf16 = dist.autocast_type(config.precision, device) is torch.bfloat16
+        self._is_bf16 = autocast_type(config.precision, device) is torch.bfloat16
         self.view: dict[str, Any] = {
             "image_size": config.image_size or self._pixels.image_size,
             "mean": list(self._pixels.mean),
@@ -129,13 +130,11 @@ class Features:
 
     Attributes:
         path: Of their file, which ``numpy.load`` reads.
-        facts: What the values follow from, as plain types.
         values: [num_rows, dim], mapped from the file; row p * n + i holds sample i in pass p.
         labels: int64 [n], of the samples.
     """
 
     path: Path
-    facts: dict[str, Any]
     values: np.ndarray
     labels: np.ndarray
 
@@ -185,7 +184,7 @@ def extract(
             folder.mkdir(parents=True, exist_ok=True)
             lock.enter_context(held(path.with_suffix(".lock")))
         _fill(path, facts, backbone, samples, config, passes=passes)
-    return Features(path, facts, np.load(path, mmap_mode="c"), samples.labels)
+    return Features(path, np.load(path, mmap_mode="c"), samples.labels)
 
 
 def _fill(

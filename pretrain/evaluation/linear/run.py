@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common import provenance
+from common import checkpoints, provenance
 from common.config import to_plain
 from common.errors import UserError, no_such_file, require
 from common.files import (
@@ -56,8 +56,8 @@ _NO_FIGURES: dict[str, Any] = {
     "selection": None, "rates": [], "chosen": None, "chosen_base_lr": None, "refitted": False,
     "knn": None, "top5": None, "training_top1": None, "per_class": {},
 }  # fmt: skip
-# Keys that decide rounding or speed, or what is read from elsewhere.
-_NOT_COMPARED = ("device", "num_workers", "subset_list", "checkpoint_every_steps")
+# Keys that decide rounding or speed, or what is read from elsewhere: image_size is in the view.
+_NOT_COMPARED = ("device", "num_workers", "subset_list", "checkpoint_every_steps", "image_size")
 
 
 # -- which samples are trained on, which select the rate, and which are scored --
@@ -272,7 +272,10 @@ class Evaluation:
             remedy = f"remove {out} and start again"
             form = {"identity": dict}
             known = self._finished or read_record(out / IDENTITY, form, remedy=remedy)
-            changes = different_keys(known["identity"], self.identity)
+            changes = [
+                line for line in different_keys(known["identity"], self.identity)
+                if not line.startswith("config.image_size:")  # of an earlier version
+            ]  # fmt: skip
             require(
                 not changes,
                 f"{out} holds another evaluation: {'; '.join(changes)}. Restore these values to "
@@ -404,12 +407,14 @@ class Evaluation:
             checkpoint_every_steps=config.checkpoint_every_steps,
             keep_checkpoints=0,
         )
-        log, checkpoints = ProgressLog(part), Checkpoints(folder, engine)
-        parts = [log, StopOnSignal(log, checkpoints), checkpoints]
+        log, writer = ProgressLog(part), Checkpoints(folder, engine)
+        parts = [log, StopOnSignal(log, writer), writer]
         trainer = Trainer(heads, batches, parts, config.epochs, engine, device)
-        if (folder / checkpoint.NAME).exists():
+        path = folder / checkpoint.NAME
+        if path.exists():
             try:
-                state = checkpoint.read(folder / checkpoint.NAME)
+                state = checkpoints.read(path)
+                checkpoints.check_sum(state, path)
             except UserError as error:  # they cost minutes
                 log.notes.append(f"{error}. These classifiers are trained from the start")
             else:

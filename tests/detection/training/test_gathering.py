@@ -13,6 +13,7 @@ from detectron2.utils import comm
 
 from common.annotations.record import read_set
 from detection.evaluation.evaluate import Collector, coco_metric, detection_rows, voc_metric
+from detection.training.trainer import share_buffers
 from tests.detection.tiny_detection import instances_of, make_detections, make_voc
 from tests.ranks import Rank, assert_well, ends_of
 
@@ -57,8 +58,17 @@ def process_group(rank: int, folder: Path) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+def shared_statistics(rank: int) -> tuple[float, int]:
+    norm = torch.nn.BatchNorm2d(1)
+    norm.running_mean.fill_(rank + 7.0)  # type: ignore[union-attr]
+    norm.num_batches_tracked.fill_(rank + 3)  # type: ignore[union-attr]
+    share_buffers(norm)
+    return float(norm.running_mean), int(norm.num_batches_tracked)  # type: ignore[arg-type]
+
+
 def second_process(root: Path, folder: Path) -> None:
     with process_group(1, folder):
+        assert shared_statistics(1) == (7.0, 3)
         assert not evaluate(root, 1, NUM_PROCESSES)  # only the first process has the result
 
 
@@ -73,6 +83,7 @@ def test_two_processes_gather_what_one_has(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     other = Rank(second_process, (root, tmp_path))
     with process_group(0, tmp_path):
+        assert shared_statistics(0) == (7.0, 3)
         both = evaluate(root, 0, NUM_PROCESSES)
     assert_well(ends_of([other]))
     assert both == alone

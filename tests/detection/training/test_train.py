@@ -409,7 +409,6 @@ REFUSALS = {
     "no such weights": (["none.pkl"], "no such weights"),
     "seeds": (["random", "--seeds", "0,0"], "different integers"),
     "large seed": (["random", "--seeds", "4294967296"], "below 2^32"),
-    "threads": (["random", "--threads", "0"], "give 1 or more"),
     "gpus": (["random", "--num-gpus", "64"], "this machine has"),
     "key": (["random", "SOLVER.LR", "1"], "unknown key SOLVER.LR"),
     "step": (["random", "--check", "MODEL.PIXEL_MEAN=[1.0,2.0]"], "Detectron2 cannot train"),

@@ -97,7 +97,7 @@ def test_damaged_file_is_refused(path, damage):
     path.write_bytes(changed.get(damage, data))
     if damage == "missing":
         path.unlink()
-    with pytest.raises(UserError, match=r"checkpoint\.pth .*(damaged|does not exist)"):
+    with pytest.raises(UserError, match=r"checkpoint\.pth.*(damaged|not a readable|no such file)"):
         checkpoint.load(path)
 
 
@@ -109,7 +109,7 @@ class Harmful:
 def test_code_in_a_file_is_not_run(path, monkeypatch):
     monkeypatch.chdir(path.parent)
     path.write_bytes(pickle.dumps(Harmful()))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="holds a whole object"):
         checkpoint.load(path)
     torch.save({"format": checkpoint.FORMAT, "model": Harmful()}, path)
     with pytest.raises(UserError, match="lacks"):
@@ -267,5 +267,5 @@ def test_a_damaged_checkpoint_falls_back_on_the_one_before(tmp_path):
     assert "step-00000002.pth (step 2) instead" in note
     for file in (tmp_path / "checkpoints").iterdir():
         file.write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"checkpoint\.pth cannot be read"):
+    with pytest.raises(UserError, match="No older checkpoint is whole: start again"):
         load_newest(tmp_path)

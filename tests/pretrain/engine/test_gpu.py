@@ -19,9 +19,9 @@ SMALL = {"num_prototypes": 20, "num_negatives": 40}
 
 
 @pytest.fixture(autouse=True)
-def _exact_products(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def _exact_products(_products_as_before):
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture

@@ -198,7 +198,11 @@ def test_remote_shards_are_cached_where_the_config_says(make_pipeline, shards, t
 def test_batches_prepared_ahead_on_a_gpu_are_those_of_the_cpu(make_pipeline):
     options = {"photometric": "device", "num_workers": 1}
     expected = list(make_pipeline(**options).epoch(0))
-    found = list(make_pipeline(torch.device("cuda", 0), **options).epoch(0))
+    pipeline = make_pipeline(torch.device("cuda", 0), **options)
+    found = list(pipeline.epoch(0))
+    stream = pipeline._side
+    next(pipeline.epoch(1))
+    assert pipeline._side is stream  # another one could not use the memory that this one has freed
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours.samples.sample_ids.cpu(), theirs.samples.sample_ids)

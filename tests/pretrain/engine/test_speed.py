@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common.errors import UserError
 from pretrain import collectives as dist
 from pretrain.config import OptimConfig, load_config
+from pretrain.data.augmentations.blur import blur_by_matrix
 from pretrain.engine.optim import load_state, make_optimizer
 from pretrain.features.memory_bank import consensus, top_k
 from pretrain.model.backbones.resnet import ResNetBackbone
@@ -160,15 +161,6 @@ def test_one_picture_per_process_is_refused(make_run, monkeypatch):
         make_run()
 
 
-@pytest.fixture
-def _products_as_before():
-    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    yield
-    torch.set_float32_matmul_precision(matmul)
-    torch.backends.cudnn.allow_tf32 = cudnn
-
-
-@pytest.mark.usefixtures("_products_as_before")
 @pytest.mark.parametrize("value", [True, False])
 def test_tf32_and_fused_of_the_config_are_settings_of_gpus(config_file, monkeypatch, value):
     """The model stays on the CPU; only the settings of the process are looked at."""
@@ -181,9 +173,8 @@ def test_tf32_and_fused_of_the_config_are_settings_of_gpus(config_file, monkeypa
         assert flags_of(optimizer) == {(True if device == "cuda" else None, None)}
 
 
-@pytest.mark.usefixtures("_products_as_before")
-@pytest.mark.parametrize("search", ["top_k", "consensus"])
-def test_neighbours_are_searched_in_exact_products(monkeypatch, search):
+@pytest.mark.parametrize("work", ["top_k", "consensus", "blur"])
+def test_neighbours_and_blurs_are_exact_products(work):
     torch.set_float32_matmul_precision("high")
     seen = []
 
@@ -195,10 +186,12 @@ def test_neighbours_are_searched_in_exact_products(monkeypatch, search):
 
     z, bank = torch.randn(6, 5), torch.randn(40, 5)
     with Products():
-        if search == "top_k":
+        if work == "top_k":
             top_k(z, bank, 3)
-        else:
+        elif work == "consensus":
             consensus(bank.view(4, 10, 5), z[:4])
+        else:
+            blur_by_matrix(torch.rand(2, 3, 8, 8), torch.tensor([0.5, 1.0]), 3)
     assert seen
     assert set(seen) == {"highest"}
     assert torch.get_float32_matmul_precision() == "high"
@@ -298,3 +291,14 @@ def test_options_on_a_gpu_agree_with_exact_fp32(make_run, case):
     assert take_steps(quick, 3) == pytest.approx(expected, abs=0.06)
     if "adamw" in case:
         assert flags_of(quick.optimizer) == {(True, None)}
+
+
+def test_every_process_goes_on_with_the_first_ones_draws_on_its_own_gpu(make_run, monkeypatch):
+    """All draw alike, and the first process writes the checkpoint."""
+    states, first = {0: torch.tensor([7]), 1: torch.tensor([0])}, make_run()
+    for run, number in ((first, 0), (make_run(name="second"), 1)):
+        run._is_cuda, run.device = True, number
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.get)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, at: states.update({at: state}))
+    run.load_state_dict(first.state_dict())
+    assert states == {0: torch.tensor([7]), 1: torch.tensor([7])}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from common import checkpoints
 from common.backbone import parse_preprocessing
 from common.config import read_settings
 from common.errors import UserError
@@ -73,7 +74,7 @@ def frozen(weights):
 
 def heads_of(folder):
     """Weight, bias, momentum and counts of the last checkpoint."""
-    return checkpoint.read(folder / checkpoint.NAME)["heads"]
+    return checkpoints.read(folder / checkpoint.NAME)["heads"]
 
 
 def central_features(frozen, folder):
@@ -158,7 +159,7 @@ def test_training_goes_on_bit_for_bit_from_its_last_checkpoint(
     with pytest.raises(Killed):
         evaluate(config, "parts")
     monkeypatch.undo()
-    saved = checkpoint.read(tmp_path / "parts" / checkpoint.NAME)["position"]
+    saved = checkpoints.read(tmp_path / "parts" / checkpoint.NAME)["position"]
     assert saved["step"] == step // 2 * 2
     parts = evaluate(config, "parts", resume=True)
     assert parts["training_top1"] == whole["training_top1"]
@@ -184,6 +185,19 @@ def test_damaged_files_are_made_again_or_named(evaluate, tmp_path, capsys, conte
     (out / "identity.json").write_bytes(content)
     with pytest.raises(UserError, match=r"identity\.json: is damaged; remove .*out and start"):
         evaluate(CONFIG, resume=True)
+
+
+def test_the_size_of_pretraining_may_be_given_by_its_number(evaluate, tmp_path):
+    """What counts is the size that was used; 0 is 224 for weights that say none."""
+    config = replace(CONFIG, protocol="knn", image_size=0)
+    result = evaluate(config)
+    assert evaluate(replace(config, image_size=224), resume=True) == result
+    assert "image_size" not in result["identity"]["config"]
+    result["identity"]["config"]["image_size"] = 0  # as earlier versions wrote it
+    (tmp_path / "out/linear.json").write_text(json.dumps(result))
+    assert evaluate(config, resume=True) == result
+    with pytest.raises(UserError, match=r"evaluation: view.image_size: 224 -> 32\. Restore"):
+        evaluate(replace(config, image_size=32), resume=True)
 
 
 def test_a_refit_goes_on_without_another_sweep(evaluate, tmp_path, monkeypatch):

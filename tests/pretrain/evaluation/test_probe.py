@@ -214,6 +214,19 @@ def test_features_come_in_index_order_whatever_the_batch(shards):
     assert len(labels) == 14
 
 
+def test_workers_decode_a_large_set(shards, monkeypatch):
+    asked, central_crops = [], probe_module.central_crops
+    monkeypatch.setattr(
+        probe_module, "central_crops", lambda *a, **o: asked.append(a[3]) or central_crops(*a, **o)
+    )
+    index, data = ShardIndex.open(shards), replace(DATA, num_workers=2)
+    alone, _ = extract_features(MeanColour(), index, data, CPU)
+    monkeypatch.setattr(probe_module, "WORKERS_FROM", index.num_samples)
+    shared, _ = extract_features(MeanColour(), index, data, CPU)
+    assert asked == [0, 2]
+    assert torch.equal(shared, alone)
+
+
 def test_half_precision_keeps_directions_of_features_that_it_could_not_hold(shards):
     class Large(MeanColour):
         def forward(self, images):
