@@ -54,8 +54,8 @@ _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(="|>)([0-9])')  # Pillow's pattern
 _ORIENTATION = 0x112  # EXIF's tag
 _INTEGERS = {3: 2, 4: 4, 6: 1, 8: 2, 9: 4, 13: 4}  # EXIF types of whole numbers, their bytes
-_MIRRORED = (2, 3, 6, 7)  # orientations that turn columns round, after a change of places
-_UPSIDE_DOWN = (3, 4, 7, 8)  # those that turn rows round
+MIRRORED = (2, 3, 6, 7)  # orientations that turn columns round, after a change of places
+UPSIDE_DOWN = (3, 4, 7, 8)  # those that turn rows round
 _USUAL_HEADER, _MAX_HEADER = 1 << 16, 1 << 24  # bytes before the pixels
 _MAX_SCANS = 64  # of a JPEG; encoders write ten
 _MAX_TEXTS, _MAX_VALUES = 100, 1 << 20  # compressed texts of a PNG; values of one TIFF field
@@ -188,9 +188,9 @@ class Header:
             box: Top, left, height and width in pixels.
         """
         top, left, height, width = box
-        if self.orientation in _MIRRORED:
+        if self.orientation in MIRRORED:
             left = self.width - left - width
-        if self.orientation in _UPSIDE_DOWN:
+        if self.orientation in UPSIDE_DOWN:
             top = self.height - top - height
         return (left, top, width, height) if self.orientation >= 5 else (top, left, height, width)
 
@@ -297,8 +297,8 @@ def upright(image: np.ndarray, orientation: int) -> np.ndarray:
         return image
     if orientation >= 5:
         image = image.swapaxes(0, 1)
-    rows = -1 if orientation in _UPSIDE_DOWN else 1
-    columns = -1 if orientation in _MIRRORED else 1
+    rows = -1 if orientation in UPSIDE_DOWN else 1
+    columns = -1 if orientation in MIRRORED else 1
     return np.ascontiguousarray(image[::rows, ::columns])
 
 
