@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from common.errors import UserError
-from common.files import open_regular, read_regular
+from common.files import open_regular, read_or_refuse
 
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000; a larger picture is taken for a decompression bomb
 MAX_FILE_BYTES = 2**29  # far above any picture of MAX_PIXELS pixels that is compressed
@@ -76,11 +76,9 @@ def read_file(path: str | Path) -> bytes:
         BadPicture: If it cannot be read, is empty, no plain file or larger than MAX_FILE_BYTES.
     """
     try:
-        data = read_regular(path, MAX_FILE_BYTES)
+        data = read_or_refuse(path, MAX_FILE_BYTES)
     except UserError as error:
         raise BadPicture(str(error)) from error
-    except OSError as error:
-        raise BadPicture(f"{path}: cannot be read ({error.strerror or error})") from error
     if not data:
         raise BadPicture(f"{path}: is empty (0 bytes)")
     return data
@@ -534,17 +532,9 @@ def decode_fastest(
     Raises:
         ValueError: If libjpeg warns or fails; what could be decoded is in the buffer.
     """
-    height, width = size
-    return simplejpeg.decode_jpeg(
-        data,
-        "RGB",
-        fastdct=True,
-        fastupsample=True,
-        min_height=-(-height // reduction),
-        min_width=-(-width // reduction),
-        min_factor=reduction,
-        buffer=buffer,
-    )
+    height, width = (-(-side // reduction) for side in size)
+    options = {"min_height": height, "min_width": width, "min_factor": reduction, "buffer": buffer}
+    return simplejpeg.decode_jpeg(data, "RGB", fastdct=True, fastupsample=True, **options)
 
 
 def decode_upper_rows(

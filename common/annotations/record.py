@@ -316,13 +316,8 @@ def annotation_xml(picture: str, width: int, height: int, objects: Sequence[Obje
     for item in objects:
         x0, y0, x1, y1 = whole_box(item.box, width, height)
         node = ElementTree.SubElement(root, "object")
-        _add(
-            node,
-            name=item.class_name,
-            pose="Unspecified",
-            truncated=int(item.truncated),
-            difficult=int(item.is_ignored),
-        )
+        _add(node, name=item.class_name, pose="Unspecified")
+        _add(node, truncated=int(item.truncated), difficult=int(item.is_ignored))
         box = ElementTree.SubElement(node, "bndbox")
         _add(box, xmin=x0 + 1, ymin=y0 + 1, xmax=x1, ymax=y1)
     ElementTree.indent(root)
