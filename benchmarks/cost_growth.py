@@ -511,13 +511,7 @@ def short(number: float) -> str:
     return f"{number:.0f}" if number >= 99.5 or number == int(number) else f"{number:.2g}"
 
 
-AXES: dict[str, Callable[[Scale], Costs]] = {
-    "pictures": pictures,
-    "processes": processes,
-    "queue": queue,
-    "features": features,
-    "epochs": epochs,
-}
+AXES = {axis.__name__: axis for axis in (pictures, processes, queue, features, epochs)}
 
 
 def run(axes: Sequence[str], scale: Scale) -> dict[str, Any]:

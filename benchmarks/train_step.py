@@ -58,6 +58,7 @@ from common.network import ResNet
 from pretrain.config import load_config
 from pretrain.data.input_pipeline import DeviceBatch
 from pretrain.data.loader import ViewBatch
+from pretrain.engine.accumulation import kept_buffers
 from pretrain.engine.contrastive_task import ContrastiveTask
 from pretrain.engine.profiling import batches, count_flops, precision_of
 from pretrain.engine.trainer import Trainer
@@ -345,10 +346,8 @@ def check_same_loss(arms: dict[str, Arm], tolerance: float = 1e-4) -> dict[str, 
     losses: dict[str, float] = {}
     with switched((False, False, "highest")), torch.no_grad():
         for name, arm in arms.items():
-            before = [(b, b.clone()) for network in arm.networks() for b in network.buffers()]
-            losses[name] = float(arm.loss())
-            for buffer, value in before:
-                buffer.copy_(value)
+            with kept_buffers(*arm.networks()):
+                losses[name] = float(arm.loss())
     for name, loss in losses.items():
         if not abs(loss - losses["ours"]) <= tolerance * abs(losses["ours"]):
             raise RuntimeError(f"{name} has loss {loss}, ours is {losses['ours']}: not one step")

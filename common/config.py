@@ -318,35 +318,45 @@ def _is_text(kind: Any) -> bool:
 # -- sections: dataclasses as they are, or chosen by a registry
 
 
-class Registry(Generic[Base]):
-    """The classes of a package.
+class Modules:
+    """The modules of a package by their names, each imported on first use."""
 
-    Args:
-        package: Its modules hold one class each. Those that begin with ``_``, and the one that
-            defines ``base``, are not listed.
-        base: What the classes derive from.
-    """
-
-    def __init__(self, package: str, base: type[Base]) -> None:
-        self.package, self.base = package, base
+    def __init__(self, package: str) -> None:
+        self.package = package
 
     def names(self) -> list[str]:
-        """All names, sorted."""
+        """All names, sorted; those that begin with ``_`` are not listed."""
         spec = importlib.util.find_spec(self.package)
         assert spec is not None, self.package
-        modules = {module.name for module in pkgutil.iter_modules(spec.submodule_search_locations)}
-        own = self.base.__module__.rpartition(".")[2]
-        return sorted(name for name in modules - {own} if not name.startswith("_"))
+        modules = [module.name for module in pkgutil.iter_modules(spec.submodule_search_locations)]
+        return sorted(name for name in modules if not name.startswith("_"))
 
-    def __getitem__(self, name: str) -> type[Base]:
-        """The class of a name.
+    def __getitem__(self, name: str) -> Any:
+        """The module of a name.
 
         Raises:
             UserError: If there is none; the nearest name is proposed.
         """
         if name not in self.names():
             raise UserError(unknown(f"name {name!r}", name, self.names()))
-        module = importlib.import_module(f"{self.package}.{name}")
+        return importlib.import_module(f"{self.package}.{name}")
+
+
+class Registry(Modules, Generic[Base]):
+    """The classes of a package, one in each module but the one that defines their base."""
+
+    def __init__(self, package: str, base: type[Base]) -> None:
+        super().__init__(package)
+        self.base = base
+
+    def names(self) -> list[str]:
+        """As `Modules` lists them, without the base's."""
+        own = self.base.__module__.rpartition(".")[2]
+        return [name for name in super().names() if name != own]
+
+    def __getitem__(self, name: str) -> type[Base]:
+        """The class of a name; raises as `Modules`."""
+        module = super().__getitem__(name)
         classes = [
             value
             for value in vars(module).values()

@@ -221,6 +221,18 @@ def read_regular(path: str | Path, max_bytes: int) -> bytes:
         return file.read()
 
 
+def read_or_refuse(path: str | Path, max_bytes: int) -> bytes:
+    """The bytes of a user's file, see `read_regular`.
+
+    Raises:
+        UserError: If it cannot be read, or is larger than `max_bytes`.
+    """
+    try:
+        return read_regular(path, max_bytes)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
 def decode_text(data: bytes, name: str | Path, *, encoding: str = "utf-8") -> str:
     """Text of a user's file: what its byte order mark says, or else `encoding`; lines end in LF.
 
@@ -247,11 +259,7 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     Raises:
         UserError: If it cannot be read or decoded, or is larger than `max_bytes`.
     """
-    try:
-        data = read_regular(path, max_bytes)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    return decode_text(data, path)
+    return decode_text(read_or_refuse(path, max_bytes), path)
 
 
 def read_json(path: Path, *, remedy: str = "delete it and go on") -> Any:
@@ -265,15 +273,12 @@ def read_json(path: Path, *, remedy: str = "delete it and go on") -> Any:
         UserError: If the file is missing, damaged, larger than MAX_JSON_BYTES, or nests deeper
             than MAX_JSON_DEPTH.
     """
+    data = read_or_refuse(path, MAX_JSON_BYTES)
     try:
-        value = json.loads(read_regular(path, MAX_JSON_BYTES))
+        value = json.loads(data)
         if _is_deeper(value, MAX_JSON_DEPTH):
             raise RecursionError(f"it nests deeper than {MAX_JSON_DEPTH}")
         return value
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is damaged, no JSON ({error}); {remedy}") from None
 
@@ -316,8 +321,8 @@ def read_record(path: Path, form: Form, *, remedy: str) -> dict[str, Any]:
     Raises:
         UserError: If the file is missing, damaged, or of another form.
     """
-    value = read_json_or_none(path)
-    if not has_form(value, form):
+    value = read_record_or_none(path, form)
+    if value is None:
         state = "is damaged" if path.exists() else "is missing"
         raise UserError(f"{path}: {state}; {remedy}")
     return value

@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from common.errors import UserError
-from common.files import open_regular, read_regular
+from common.files import open_regular, read_or_refuse
 
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000; a larger picture is taken for a decompression bomb
 MAX_FILE_BYTES = 2**29  # far above any picture of MAX_PIXELS pixels that is compressed
@@ -54,8 +54,8 @@ _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(="|>)([0-9])')  # Pillow's pattern
 _ORIENTATION = 0x112  # EXIF's tag
 _INTEGERS = {3: 2, 4: 4, 6: 1, 8: 2, 9: 4, 13: 4}  # EXIF types of whole numbers, their bytes
-_MIRRORED = (2, 3, 6, 7)  # orientations that turn columns round, after a change of places
-_UPSIDE_DOWN = (3, 4, 7, 8)  # those that turn rows round
+MIRRORED = (2, 3, 6, 7)  # orientations that turn columns round, after a change of places
+UPSIDE_DOWN = (3, 4, 7, 8)  # those that turn rows round
 _USUAL_HEADER, _MAX_HEADER = 1 << 16, 1 << 24  # bytes before the pixels
 _MAX_SCANS = 64  # of a JPEG; encoders write ten
 _MAX_TEXTS, _MAX_VALUES = 100, 1 << 20  # compressed texts of a PNG; values of one TIFF field
@@ -76,11 +76,9 @@ def read_file(path: str | Path) -> bytes:
         BadPicture: If it cannot be read, is empty, no plain file or larger than MAX_FILE_BYTES.
     """
     try:
-        data = read_regular(path, MAX_FILE_BYTES)
+        data = read_or_refuse(path, MAX_FILE_BYTES)
     except UserError as error:
         raise BadPicture(str(error)) from error
-    except OSError as error:
-        raise BadPicture(f"{path}: cannot be read ({error.strerror or error})") from error
     if not data:
         raise BadPicture(f"{path}: is empty (0 bytes)")
     return data
@@ -188,9 +186,9 @@ class Header:
             box: Top, left, height and width in pixels.
         """
         top, left, height, width = box
-        if self.orientation in _MIRRORED:
+        if self.orientation in MIRRORED:
             left = self.width - left - width
-        if self.orientation in _UPSIDE_DOWN:
+        if self.orientation in UPSIDE_DOWN:
             top = self.height - top - height
         return (left, top, width, height) if self.orientation >= 5 else (top, left, height, width)
 
@@ -297,8 +295,8 @@ def upright(image: np.ndarray, orientation: int) -> np.ndarray:
         return image
     if orientation >= 5:
         image = image.swapaxes(0, 1)
-    rows = -1 if orientation in _UPSIDE_DOWN else 1
-    columns = -1 if orientation in _MIRRORED else 1
+    rows = -1 if orientation in UPSIDE_DOWN else 1
+    columns = -1 if orientation in MIRRORED else 1
     return np.ascontiguousarray(image[::rows, ::columns])
 
 
@@ -534,17 +532,9 @@ def decode_fastest(
     Raises:
         ValueError: If libjpeg warns or fails; what could be decoded is in the buffer.
     """
-    height, width = size
-    return simplejpeg.decode_jpeg(
-        data,
-        "RGB",
-        fastdct=True,
-        fastupsample=True,
-        min_height=-(-height // reduction),
-        min_width=-(-width // reduction),
-        min_factor=reduction,
-        buffer=buffer,
-    )
+    height, width = (-(-side // reduction) for side in size)
+    options = {"min_height": height, "min_width": width, "min_factor": reduction, "buffer": buffer}
+    return simplejpeg.decode_jpeg(data, "RGB", fastdct=True, fastupsample=True, **options)
 
 
 def decode_upper_rows(

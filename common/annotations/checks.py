@@ -7,14 +7,14 @@ import contextlib
 import math
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from common.annotations.record import Box
 from common.errors import UserError
-from common.pictures import BadPicture, read_shape
+from common.pictures import MIRRORED, UPSIDE_DOWN, BadPicture, read_shape
 
 MAX_FAULTS = 10  # that one message names
 _BEYOND = 1.0  # pixels: tools that count corners from 0 or to W + 1 reach so far outside
@@ -38,6 +38,8 @@ UNLABELLED = "pictures without an annotation: left out"
 PICTURE, ANNOTATION = "pictures that are missing or unreadable", "annotations that cannot be used"
 OBJECT, OUTSIDE = "objects whose values cannot be used", "boxes outside their picture"
 UNKNOWN = "objects of unknown classes"
+_Item = TypeVar("_Item")
+_Made = TypeVar("_Made")
 
 
 class Unusable(UserError):
@@ -79,6 +81,16 @@ class Findings:
         except UserError as error:
             self.leave_out(error, kind)
 
+    def usable(
+        self, kind: str, items: Iterable[_Item], read: Callable[[_Item], _Made]
+    ) -> tuple[_Made, ...]:
+        """What is read of each item; items that are refused are left out, see `leave_out`."""
+        made = []
+        for item in items:
+            with self.leaving_out(kind):
+                made.append(read(item))
+        return tuple(made)
+
     def lines(self) -> list[str]:
         """The first ten faults, and how many more there are."""
         more = len(self.faults) - MAX_FAULTS
@@ -92,10 +104,8 @@ class Findings:
         """
         count, lines = len(self.faults), self.lines()
         if count > self.max_left_out:
-            lines[-1] += f" (--max-left-out {count} leaves out all {count})" if count > 1 else ""
-            if count == 1:
-                lines[-1] += " (--max-left-out 1 leaves it out)"
-            raise UserError("\n".join(lines))
+            what = "leaves it out" if count == 1 else f"leaves out all {count}"
+            raise UserError("\n".join(lines) + f" (--max-left-out {count} {what})")
 
     def all_left_out(self) -> dict[str, int]:
         """Numbers by kind of everything that was left out, bounded or not."""
@@ -203,26 +213,22 @@ def placed(box: Box, frame: Frame, where: str, findings: Findings, *, clips: boo
 def turned(box: Box, frame: Frame) -> Box:
     """A box of the stored picture on the upright one (EXIF 2.3, tag Orientation)."""
     x0, y0, x1, y1 = box
-    width, height = frame.width, frame.height  # upright; 5 to 8 swap the axes
-    across, down = (width - x1, width - x0), (height - y1, height - y0)
     if frame.orientation >= 5:
-        across, down = (width - y1, width - y0), (height - x1, height - x0)
-    left, right = (x0, x1) if frame.orientation < 5 else (y0, y1)
-    top, bottom = (y0, y1) if frame.orientation < 5 else (x0, x1)
-    if frame.orientation in (2, 3, 6, 7):
-        left, right = across
-    if frame.orientation in (3, 4, 7, 8):
-        top, bottom = down
-    return left, top, right, bottom
+        x0, y0, x1, y1 = y0, x0, y1, x1
+    if frame.orientation in MIRRORED:
+        x0, x1 = frame.width - x1, frame.width - x0
+    if frame.orientation in UPSIDE_DOWN:
+        y0, y1 = frame.height - y1, frame.height - y0
+    return x0, y0, x1, y1
 
 
 def find_file(path: Path) -> Path | None:
     """A file, also if its name has accents composed otherwise (NFC, NFD); None if there is none."""
-    for form in (None, "NFC", "NFD"):
-        name = path.name if form is None else unicodedata.normalize(form, path.name)
+    names = (path.name, *(unicodedata.normalize(form, path.name) for form in ("NFC", "NFD")))
+    for name in names:
         with contextlib.suppress(OSError, ValueError):  # too long, holds a zero byte
-            if path.with_name(name).is_file():
-                return path.with_name(name)
+            if (file := path.with_name(name)).is_file():
+                return file
     return None
 
 
@@ -235,6 +241,14 @@ def leads_out(name: str) -> bool:
     """Whether a name of a list or an annotation is no path below a folder."""
     path = PurePosixPath(name)
     return path.is_absolute() or ".." in path.parts or not path.parts
+
+
+def written_number(text: str) -> float:
+    """Digits as float; NaN for what is none, also for 1_000."""
+    try:
+        return math.nan if "_" in text else float(text)
+    except ValueError:
+        return math.nan
 
 
 def number(value: Any) -> float:

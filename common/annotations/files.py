@@ -1,7 +1,6 @@
 """Pictures and annotations at any place below a folder, and which belong together."""
 
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from common.annotations.checks import composed
@@ -58,12 +57,13 @@ class FolderFiles:
         return [picture for picture in dict.fromkeys(named) if likeness(picture) == best]
 
 
-def num_common(a: Sequence[str], b: Sequence[str]) -> int:
+def num_common(a: tuple[str, ...], b: tuple[str, ...]) -> int:
     """How many folders two paths share at their beginning, and at their end after these."""
-    start = 0
-    while start < min(len(a), len(b)) and a[start] == b[start]:
-        start += 1
-    end = 0
-    while end < min(len(a), len(b)) - start and a[-1 - end] == b[-1 - end]:
-        end += 1
-    return start + end
+    start = _num_equal(a, b)
+    return start + _num_equal(a[start:][::-1], b[start:][::-1])
+
+
+def _num_equal(a: tuple[str, ...], b: tuple[str, ...]) -> int:
+    """How many parts are equal before the first two that differ."""
+    different = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(different, min(len(a), len(b)))

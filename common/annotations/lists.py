@@ -4,13 +4,14 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from common.annotations import record
-from common.annotations.checks import NOT_CHOSEN, PICTURE, Findings, Unusable, composed
+from common.annotations.checks import ANNOTATION, NOT_CHOSEN, PICTURE, Findings, composed
 from common.config import unknown
 from common.errors import UserError
 from common.files import sha256_of
@@ -30,6 +31,7 @@ COPIES = "copies of a picture (NAME.rf.HASH, or the same bytes): all on one side
 SHARED = "pictures in both lists: AP counts pictures trained on"
 COPIED = "pictures to evaluate with the bytes of one that is trained on: AP counts them"
 OUTSIDE = "pictures in no list's folder: left out"
+_Picture = TypeVar("_Picture", bound=Hashable)
 
 
 def role_of(*names: str) -> str | None:
@@ -37,7 +39,9 @@ def role_of(*names: str) -> str | None:
     return next((_ROLES[x.lower()] for x in names if x.lower() in _ROLES), None)
 
 
-def by_role(names: Mapping[str, Sequence[str]], findings: Findings) -> dict[str, list[str]]:
+def by_role(
+    names: Mapping[_Picture, Sequence[str]], findings: Findings
+) -> dict[str, list[_Picture]]:
     """Group pictures by the first folder of theirs that is called train, valid or the like.
 
     Args:
@@ -48,7 +52,7 @@ def by_role(names: Mapping[str, Sequence[str]], findings: Findings) -> dict[str,
         Role -> pictures. Where some lie in no such folder, these are left out if there are lists
         for training and for evaluation; else all pictures are under "all".
     """
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[_Picture]] = {}
     for picture, folders in names.items():
         found.setdefault(role_of(*folders) or ALL, []).append(picture)
     outside = found.pop(ALL, [])
@@ -56,6 +60,23 @@ def by_role(names: Mapping[str, Sequence[str]], findings: Findings) -> dict[str,
         return {ALL: list(names)}
     findings.ignored[OUTSIDE] += len(outside)
     return found
+
+
+def list_reader(
+    root: Path,
+    lists: Mapping[str, Sequence[_Picture]],
+    read: Callable[[_Picture], record.PictureRecord],
+    findings: Findings,
+) -> Callable[[str], record.LabelledSplit]:
+    """What reads one of some lists of pictures; those that `read` refuses are left out."""
+
+    def load(name: str) -> record.LabelledSplit:
+        if name not in lists:
+            raise UserError(f"{root}: has no list {name!r}; it has {', '.join(lists)}")
+        pictures = findings.usable(ANNOTATION, lists[name], read)
+        return record.LabelledSplit(root, name, pictures)
+
+    return load
 
 
 def assemble(
@@ -156,9 +177,11 @@ def assemble(
             if one not in present and not choice.test_only:
                 findings.repairs[f"class of --classes that does not occur, {one}"] += 1
         classes = choice.classes
-        splits = {one: _chosen(split, classes, findings) for one, split in splits.items()}
+        for one, split in splits.items():
+            splits[one] = split.where(lambda item: item.class_name in classes)
+            findings.ignored[NOT_CHOSEN] += split.num_objects - splits[one].num_objects
     for one in needed:
-        if not any(picture.objects for picture in splits[one].pictures):
+        if not splits[one].num_objects:
             none = f"none of its {len(splits[one].pictures)} pictures holds an object"
             raise UserError(f"{root}: list {one!r}: {none}; choose another")
     return record.LabelledSet(
@@ -180,7 +203,7 @@ def _decoding(split: record.LabelledSplit, findings: Findings) -> record.Labelle
     with ThreadPoolExecutor(usable_cores()) as pool:
         faults = list(pool.map(fault_of, [picture.file for picture in split.pictures]))
     for fault in filter(None, faults):
-        findings.leave_out(Unusable(PICTURE, f"{fault}; replace the picture"), PICTURE)
+        findings.leave_out(UserError(f"{fault}; replace the picture"), PICTURE)
     kept = (x for x, fault in zip(split.pictures, faults, strict=True) if fault is None)
     return replace(split, pictures=tuple(kept))
 
@@ -216,19 +239,6 @@ def _roles(root: Path, lists: Collection[str], choice: record.SetChoice) -> tupl
     return None
 
 
-def _chosen(
-    split: record.LabelledSplit, classes: Sequence[str], findings: Findings
-) -> record.LabelledSplit:
-    """A list with the objects of some classes alone; the others are counted."""
-    pictures = []
-    for picture in split.pictures:
-        kept = tuple(item for item in picture.objects if item.class_name in classes)
-        if dropped := len(picture.objects) - len(kept):
-            findings.ignored[NOT_CHOSEN] += dropped
-        pictures.append(replace(picture, objects=kept))
-    return replace(split, pictures=tuple(pictures))
-
-
 # -- the split -------------------------------------------------------------------------------------
 
 
@@ -253,12 +263,16 @@ def _split(
     everything = {ALL: part(ALL, pictures)}
     if choice.test_only and choice.test_split in (None, ALL):
         return everything
-    kept = choice.classes if not choice.test_only else None
-    copies = _copies(pictures)
-    findings.repairs[COPIES] += sum(len(keys) for keys in copies if len(keys) > 1)
-    groups = {keys[0]: keys for keys in copies}
+    kept = None if choice.test_only else choice.classes
+    groups = {keys[0]: keys for keys in _copies(pictures)}
+    findings.repairs[COPIES] += sum(len(keys) for keys in groups.values() if len(keys) > 1)
     classes_of = {
-        first: frozenset().union(*(_classes_of(pictures[key], kept) for key in keys))
+        first: {
+            item.class_name
+            for key in keys
+            for item in pictures[key].objects
+            if kept is None or item.class_name in kept
+        }
         for first, keys in groups.items()
     }
     chosen = seeded_split(classes_of, choice.val_share, choice.split_seed)
@@ -283,11 +297,6 @@ def _copies(pictures: Mapping[str, record.PictureRecord]) -> list[list[str]]:
     for name in sorted(pictures):
         groups.setdefault(first_of(_COPY.sub("", name)), []).append(name)
     return list(groups.values())
-
-
-def _classes_of(picture: record.PictureRecord, kept: Collection[str] | None) -> frozenset[str]:
-    names = {item.class_name for item in picture.objects}
-    return frozenset(names if kept is None else names & set(kept))
 
 
 def seeded_split(classes_of: Mapping[str, Collection[str]], share: float, seed: int) -> set[str]:

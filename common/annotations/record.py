@@ -7,14 +7,13 @@ write a VOC devkit with whole boxes, and COCO's JSON unrounded.
 
 import hashlib
 import unicodedata
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 from xml.etree import ElementTree
 
-from common.config import Registry
+from common.config import Modules
 from common.errors import UserError, no_such_file
 from common.files import read_text
 
@@ -80,6 +79,16 @@ class LabelledSplit:
     folder: Path
     name: str
     pictures: tuple[PictureRecord, ...]
+
+    @property
+    def num_objects(self) -> int:
+        """Of all pictures."""
+        return sum(len(picture.objects) for picture in self.pictures)
+
+    def where(self, is_kept: Callable[[ObjectRecord], bool]) -> "LabelledSplit":
+        """The same pictures with some of their objects."""
+        pictures = [replace(x, objects=tuple(filter(is_kept, x.objects))) for x in self.pictures]
+        return replace(self, pictures=tuple(pictures))
 
     def classes_without_objects(self, classes: Sequence[str]) -> list[str]:
         """Classes for which AP is undefined: no object that an evaluation counts."""
@@ -213,27 +222,12 @@ def read_class_names(text: str) -> list[str]:
 # -- reading ---------------------------------------------------------------------------------------
 
 
-class LabelledFormat(ABC):
-    """How one kind of tools stores labelled pictures."""
-
-    holds: ClassVar[str]  # what a folder of this format holds, for messages
-
-    @classmethod
-    @abstractmethod
-    def recognises(cls, root: Path) -> bool:
-        """Whether a folder looks like this format; reads no annotation."""
-
-    @classmethod
-    @abstractmethod
-    def read(cls, root: Path, choice: SetChoice) -> LabelledSet:
-        """Read and check every annotation of the chosen lists.
-
-        Raises:
-            UserError: For what is wrong with the folder or the choice.
-        """
-
-
-FORMATS = Registry("common.annotations.formats", LabelledFormat)
+# How one kind of tools stores labelled pictures. Each module has
+#   HOLDS: str, what a folder of this format holds, for messages;
+#   recognises(root) -> bool, whether a folder looks like this format, reading no annotation;
+#   read(root, choice) -> LabelledSet, every annotation of the chosen lists, read and checked; it
+#       raises UserError for what is wrong with the folder or the choice.
+FORMATS = Modules("common.annotations.formats")
 
 
 def read_set(root: Path, choice: SetChoice | None = None) -> LabelledSet:
@@ -247,18 +241,16 @@ def read_set(root: Path, choice: SetChoice | None = None) -> LabelledSet:
         UserError: If the folder is of no format or of several, or something in it is wrong.
     """
     root, choice = Path(root), choice or SetChoice()
+    if root.is_file():
+        raise UserError(f"{root}: is a file: unpack an archive; give the folder of a labelled set")
     if not root.is_dir():
-        if root.is_file():
-            raise UserError(
-                f"{root}: is a file: unpack an archive; give the folder of a labelled set"
-            )
         raise UserError(no_such_file(root, "give one with a labelled set", "folder"))
     names = FORMATS.names() if choice.format is None else [choice.format]
     matching = [name for name in names if FORMATS[name].recognises(root)]
     if not matching and (inner := only_folder(root)) is not None:
         return replace(read_set(inner, choice), root=root)
     if not matching:
-        listed = "; ".join(f"{name}: {FORMATS[name].holds}" for name in names)
+        listed = "; ".join(f"{name}: {FORMATS[name].HOLDS}" for name in names)
         raise UserError(f"{root}: holds no labelled set; give a folder with one ({listed})")
     if len(matching) > 1:
         raise UserError(f"{root}: looks like {' and '.join(matching)}; choose one with --format")
@@ -324,13 +316,8 @@ def annotation_xml(picture: str, width: int, height: int, objects: Sequence[Obje
     for item in objects:
         x0, y0, x1, y1 = whole_box(item.box, width, height)
         node = ElementTree.SubElement(root, "object")
-        _add(
-            node,
-            name=item.class_name,
-            pose="Unspecified",
-            truncated=int(item.truncated),
-            difficult=int(item.is_ignored),
-        )
+        _add(node, name=item.class_name, pose="Unspecified")
+        _add(node, truncated=int(item.truncated), difficult=int(item.is_ignored))
         box = ElementTree.SubElement(node, "bndbox")
         _add(box, xmin=x0 + 1, ymin=y0 + 1, xmax=x1, ymax=y1)
     ElementTree.indent(root)

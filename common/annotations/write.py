@@ -146,11 +146,10 @@ class YoloWriter(SetWriter):
         for kind in ("images", "labels"):
             (self.root / kind / split).mkdir(parents=True, exist_ok=True)
         (self.root / "images" / split / file).write_bytes(data)
-        rows = [
-            f"{self.classes.index(item.class_name)} "
-            f"{yolo_box(item.box, picture.width, picture.height)}\n"
-            for item in picture.objects
-        ]
+        rows = []
+        for item in picture.objects:
+            box = yolo_box(item.box, picture.width, picture.height)
+            rows.append(f"{self.classes.index(item.class_name)} {box}\n")
         (self.root / "labels" / split / file).with_suffix(".txt").write_text("".join(rows))
 
     def finish(self) -> None:

@@ -287,7 +287,10 @@ class ShardCache:
     def _make_room(self, extra: int, partial: Path | None) -> bool:
         """Extend `partial` by `extra` bytes if they fit; true if so."""
         with self._space_lock():
-            self._remove_leftovers()
+            for path in self._partial.iterdir():  # of killed processes
+                with self.lock(path.name, wait=False) as descriptor:
+                    if descriptor is not None:
+                        path.unlink(missing_ok=True)
             whole = files_of(self._shards)
             too_much = extra - self.max_bytes
             too_much += sum(size for _, size, _ in whole + files_of(self._partial))
@@ -302,12 +305,6 @@ class ShardCache:
                 with open(partial, "ab") as file:
                     file.truncate(os.fstat(file.fileno()).st_size + extra)
             return True
-
-    def _remove_leftovers(self) -> None:
-        for path in self._partial.iterdir():
-            with self.lock(path.name, wait=False) as descriptor:
-                if descriptor is not None:
-                    path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _space_lock(self) -> Iterator[None]:

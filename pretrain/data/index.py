@@ -19,17 +19,8 @@ from typing import IO, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
+from common import files
 from common.errors import UserError, require
-from common.files import (
-    MAX_JSON_BYTES,
-    open_regular,
-    read_json_or_none,
-    read_regular,
-    require_regular,
-    sha256_of,
-    write_atomically,
-    write_json,
-)
 from common.pictures import MAX_FILE_BYTES, PICTURE_SUFFIXES
 from pretrain.data.random_numbers import stable_hash
 
@@ -364,18 +355,18 @@ def tar_samples(
         is_label = suffix.rsplit(".", 1)[-1] == "cls" and size <= _MAX_LABEL_BYTES
         return is_label or (with_pictures and is_picture(suffix))
 
-    files = (
+    members = (
         (*key_and_suffix(member.name), member)
         for member in tar_files(stream, name, is_needed)
         if not _META.match(member.name)
     )
-    for key, group in itertools.groupby(files, key=lambda file: file[0]):
-        while some := [file[1:] for file in itertools.islice(group, _MAX_GROUP)]:
+    for key, group in itertools.groupby(members, key=lambda member: member[0]):
+        while some := [member[1:] for member in itertools.islice(group, _MAX_GROUP)]:
             yield from _samples_of_key(key, some, notes)
 
 
 def _samples_of_key(
-    key: str, files: list[tuple[str, TarMember]], notes: Notes
+    key: str, members: list[tuple[str, TarMember]], notes: Notes
 ) -> Iterator[TarSample]:
     """The samples among consecutive files with one WebDataset key, given with their suffixes."""
     pictures: dict[str, tuple[str, TarMember]] = {}  # the first of each name, with its stem
@@ -386,7 +377,7 @@ def _samples_of_key(
     def leave_out(member: TarMember, why: str) -> None:
         left_out.append(TarSample(member.name, member.offset, 0, NO_LABEL, fault=why))
 
-    for suffix, member in files:
+    for suffix, member in members:
         stem = member.name[: len(member.name) - len(suffix.rpartition(".")[2]) - 1]
         if suffix.rpartition(".")[2] == "cls":
             label, why = label_of(member.data)
@@ -408,7 +399,7 @@ def _samples_of_key(
     # With a file "a.jpg", "a.cls" or the like the key is a sample: its picture is the plain one, or
     # its only one. Without, and where there are several, each is a sample under its own name.
     own = key if key in stems else min(stems, default=key)
-    is_keyed = any(suffix and "." not in suffix for suffix, _ in files)
+    is_keyed = any(suffix and "." not in suffix for suffix, _ in members)
     is_one = is_keyed and (own == key or len(stems) == 1)
     taken: dict[str, TarMember] = {}
     for stem, member in pictures.values():
@@ -423,8 +414,8 @@ def _samples_of_key(
         label = labels.get(stem, labels.get(key, NO_LABEL))
         yield TarSample(sample, member.offset, member.size, label, member.data)
     if not pictures and not left_out:
-        why = "no picture" if files[0][0] else "a name without a suffix"
-        left_out.append(TarSample(key, files[0][1].offset, 0, NO_LABEL, fault=why))
+        why = "no picture" if members[0][0] else "a name without a suffix"
+        left_out.append(TarSample(key, members[0][1].offset, 0, NO_LABEL, fault=why))
     yield from left_out
 
 
@@ -486,20 +477,20 @@ class ShardPart:
             path: Without the suffix.
             fingerprint: Of what the tar was made of.
         """
-        write_atomically(Path(f"{path}.npy"), lambda file: np.save(file, self.table))
+        files.write_atomically(Path(f"{path}.npy"), lambda file: np.save(file, self.table))
         facts = {
             "fingerprint": fingerprint,
             "shard": self.shard,
             "skipped": self.skipped,
             "table_sha256": hashlib.sha256(self.table.tobytes()).hexdigest(),
         }
-        write_json(Path(f"{path}.json"), facts)
+        files.write_json(Path(f"{path}.json"), facts)
 
     @classmethod
     def load(cls, path: Path, fingerprint: str = "") -> "ShardPart | None":
         """What `save` left; None if there is nothing whole with this fingerprint."""
         try:
-            facts: Any = read_json_or_none(Path(f"{path}.json"))
+            facts: Any = files.read_json_or_none(Path(f"{path}.json"))
             if facts["fingerprint"] != fingerprint:
                 return None
             part = cls(np.load(f"{path}.npy"), facts["shard"], facts["skipped"])
@@ -511,9 +502,9 @@ class ShardPart:
 
 def scan_file(path: Path) -> ShardPart:
     """The part of a local tar; raises as `tar_files`, and OSError."""
-    with open_regular(path) as stream:
+    with files.open_regular(path) as stream:
         samples, skipped = scan_shard(str(path), stream)
-    return ShardPart.of(path.name, samples, skipped, path.stat().st_size, sha256_of(path))
+    return ShardPart.of(path.name, samples, skipped, path.stat().st_size, files.sha256_of(path))
 
 
 def write_index(
@@ -532,7 +523,7 @@ def write_index(
     parts = list(parts)
     table = np.concatenate([part.table for part in parts])
     table["shard"] = np.repeat(np.arange(len(parts)), [len(part.table) for part in parts])
-    write_atomically(folder / "samples.npy", lambda file: np.save(file, table))
+    files.write_atomically(folder / "samples.npy", lambda file: np.save(file, table))
     index = {
         "format": FORMAT,
         "num_samples": len(table),
@@ -541,9 +532,9 @@ def write_index(
         "options": options,
         "skipped": [item for part in parts for item in part.skipped],
         "samples": "samples.npy",
-        "samples_sha256": sha256_of(folder / "samples.npy"),
+        "samples_sha256": files.sha256_of(folder / "samples.npy"),
     }
-    write_json(folder / "index.json", index)
+    files.write_json(folder / "index.json", index)
     return index
 
 
@@ -551,7 +542,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """Read a folder's index.json; raises as `parse_index`."""
     path = folder / "index.json"
     try:
-        data = read_regular(path, MAX_JSON_BYTES)
+        data = files.read_regular(path, files.MAX_JSON_BYTES)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be read as an index ({reason}); {_REMEDY}") from error
@@ -626,14 +617,14 @@ def load_table(folder: Path, index: dict[str, Any]) -> np.ndarray:
     path = folder / index["samples"]
     require(path.exists(), f"{path}: missing; {_REMEDY}")
     try:
-        require_regular(path)
+        files.require_regular(path)
         table = np.lib.format.open_memmap(path, mode="r")  # np.load takes an .npz as well
     except _NPY_ERRORS as error:
         raise UserError(f"{path}: cannot be read ({error}); {_REMEDY}") from error
     if table.dtype != SAMPLE_DTYPE or table.shape != (index["num_samples"],):
         num = index["num_samples"]
         raise UserError(f"{path}: does not fit index.json ({num} samples); {_REMEDY}")
-    if sha256_of(path) != index["samples_sha256"]:
+    if files.sha256_of(path) != index["samples_sha256"]:
         raise UserError(f"{path}: its SHA-256 is not the one in index.json; {_REMEDY}")
     sizes = [shard["num_samples"] for shard in index["shards"]]
     num_labels = MAX_LABEL + 1 if index["classes"] is None else len(index["classes"])

@@ -25,17 +25,8 @@ import torch.utils.data
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import UserError
+from pretrain.data import order
 from pretrain.data.decode import Sample, ViewWriter
-from pretrain.data.order import (
-    LastBatch,
-    OrderedSamples,
-    SourceSizes,
-    epoch_samples,
-    global_batch,
-    num_steps_per_epoch,
-    rank_slice,
-    share_of_rank,
-)
 from pretrain.data.random_numbers import counter_rng
 from pretrain.data.shards import Samples
 
@@ -158,37 +149,6 @@ class Reply:
         return self.batch
 
 
-class BadSamples:
-    """The samples that one process replaced so far, and how many may be.
-
-    Args:
-        most: How many different ones may be replaced.
-        known: Those of an earlier part of the run: {sample number: reason}.
-    Attributes:
-        reasons: {sample number: reason}.
-    """
-
-    def __init__(self, most: int, known: Mapping[Any, str] | None) -> None:
-        self.reasons: dict[int, str] = dict(known or {})
-        self._most = most
-
-    def count(self, reply: Reply) -> None:
-        """Add those of a reply.
-
-        Raises:
-            UserError: If these are too many, or the worker could not go on.
-        """
-        self.reasons.update(reply.bad)
-        if len(self.reasons) > self._most:
-            reason = next(iter(reply.bad.values()), "bad samples of the run so far")
-            raise UserError(
-                f"{reason}. {len(self.reasons)} bad samples, allowed are {self._most}: repair the "
-                "source and make the shards again, or raise data.max_bad_samples"
-            )
-        if reply.error is not None:
-            raise UserError(reply.error)
-
-
 def _new_block(shape: tuple[int, ...]) -> torch.Tensor:
     """Memory for views of one size, uint8."""
     if torch.utils.data.get_worker_info() is None:
@@ -283,13 +243,13 @@ class ViewDataset(BatchDataset):
         super().__init__(ViewWriter(**views))
         self.index = index
 
-    def __getitem__(self, request: OrderedSamples) -> Reply:
+    def __getitem__(self, request: order.OrderedSamples) -> Reply:
         """The views of one request; what is bad stands in the reply, and is not raised."""
         reply = Reply()
         self.make_batch(lambda rows: self._read(request[rows]), len(request), reply)
         return reply
 
-    def _read(self, request: OrderedSamples) -> list[Sample]:
+    def _read(self, request: order.OrderedSamples) -> list[Sample]:
         rows = self.index.samples[request.sample_ids]
         columns = (request.sample_ids, rows["key"], request.repeats, rows["label"])
         pictures = self.index.read_many(request.sample_ids)
@@ -299,7 +259,7 @@ class ViewDataset(BatchDataset):
         """A sample drawn by the run's seed and the bad sample."""
         rng = counter_rng("replacement", self.views.seed, sample.repeat, sample.sample_id, attempt)
         drawn = int(rng.integers(self.index.num_samples))
-        return self._read(OrderedSamples(np.array([drawn]), np.array([sample.repeat])))[0]
+        return self._read(order.OrderedSamples(np.array([drawn]), np.array([sample.repeat])))[0]
 
     def describe(self, sample: Sample) -> str:
         """See `BatchDataset`."""
@@ -368,48 +328,100 @@ class RequestSampler(Sampler):
         num_steps: Global batches per epoch.
     """
 
-    sources: Sequence[SourceSizes]
+    sources: Sequence[order.SourceSizes]
     seed: int
     batch_size: int
     rank: int
     world_size: int
     window: int
-    last_batch: LastBatch = "drop"
+    last_batch: order.LastBatch = "drop"
     epoch: int = 0
     start_step: int = 0
 
     def __post_init__(self) -> None:
         num_due = sum(source.num_due for source in self.sources)
-        self.num_steps = num_steps_per_epoch(num_due, self.batch_size, self.last_batch)
-        share_of_rank(self.batch_size, self.world_size)  # what does not divide is refused now
+        self.num_steps = order.num_steps_per_epoch(num_due, self.batch_size, self.last_batch)
+        order.share_of_rank(self.batch_size, self.world_size)  # what does not divide is refused now
 
     def __len__(self) -> int:
         return max(0, self.num_steps - self.start_step)
 
-    def __iter__(self) -> Iterator[OrderedSamples]:
-        epoch = epoch_samples(self.sources, seed=self.seed, epoch=self.epoch, window=self.window)
+    def __iter__(self) -> Iterator[order.OrderedSamples]:
+        epoch = order.epoch_samples(
+            self.sources, seed=self.seed, epoch=self.epoch, window=self.window
+        )
         for step in range(self.start_step, self.num_steps):
-            batch = global_batch(epoch, step, self.batch_size)
-            yield rank_slice(batch, self.rank, self.world_size)
+            batch = order.global_batch(epoch, step, self.batch_size)
+            yield order.rank_slice(batch, self.rank, self.world_size)
 
 
-class Loader:
+class WorkerLoader:
     """Batches of views, epoch by epoch; the workers stay alive between epochs.
+
+    Args:
+        dataset: The work.
+        requests: What the workers are asked for in an epoch.
+        num_workers: Worker processes; 0 reads in this process.
+        max_bad_samples: How many different bad samples this rank replaces before it stops.
+        known_bad: Of an earlier part of the run, or left out of the tars: {sample number or file:
+            reason}.
+    Attributes:
+        bad_samples: Those replaced so far: {sample number: reason}.
+    """
+
+    def __init__(
+        self,
+        dataset: BatchDataset,
+        requests: Iterable,
+        num_workers: int,
+        max_bad_samples: int,
+        known_bad: Mapping[Any, str] | None,
+    ) -> None:
+        self.bad_samples: dict[Any, str] = dict(known_bad or {})
+        self._max_bad_samples = max_bad_samples
+        self._loader = start_workers(dataset, requests, num_workers)
+
+    def close(self) -> None:
+        """End the workers now.
+
+        A loader that is collected with what refers to it cannot reach them any more: it waits 10 s.
+        """
+        iterator: Any = getattr(self._loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+
+    def _batch_of(self, reply: Reply) -> ViewBatch:
+        """The batch of a worker's answer, whose bad samples are counted.
+
+        Raises:
+            UserError: If these are too many, or the worker could not go on.
+        """
+        bad, most = self.bad_samples, self._max_bad_samples
+        bad.update(reply.bad)
+        if len(bad) > most:
+            reason = next(iter(reply.bad.values()), "bad samples of the run so far")
+            raise UserError(
+                f"{reason}. {len(bad)} bad samples, allowed are {most}: repair the source and make "
+                "the shards again, or raise data.max_bad_samples"
+            )
+        if reply.error is not None:
+            raise UserError(reply.error)
+        return reply.batch
+
+
+class Loader(WorkerLoader):
+    """Batches of the samples of shard sets, in an order that follows from (seed, epoch).
 
     Args:
         dataset: What to read.
         batch_size: Global batch size, over all ranks.
         rank: Number of this rank.
         world_size: Number of ranks.
-        num_workers: Worker processes; 0 reads in this process.
+        num_workers, max_bad_samples, known_bad: See `WorkerLoader`.
         shuffle_window: Window of the shuffle, in samples.
-        max_bad_samples: How many different bad samples this rank replaces before it stops.
         last_batch: "drop" leaves the remainder below one batch out, "pad" fills it up.
-        known_bad: Of an earlier part of the run, or left out of the tars: {sample number or file:
-            reason}.
     Attributes:
         num_steps: Global batches per epoch.
-        bad_samples: Those replaced so far: {sample number: reason}.
     """
 
     def __init__(
@@ -422,7 +434,7 @@ class Loader:
         num_workers: int = 0,
         shuffle_window: int = 4096,
         max_bad_samples: int = 0,
-        last_batch: LastBatch = "drop",
+        last_batch: order.LastBatch = "drop",
         known_bad: Mapping[Any, str] | None = None,
     ) -> None:
         self._sampler = RequestSampler(
@@ -434,12 +446,10 @@ class Loader:
             window=shuffle_window,
             last_batch=last_batch,
         )
+        super().__init__(dataset, self._sampler, num_workers, max_bad_samples, known_bad)
         self.num_steps = self._sampler.num_steps
-        self._bad = BadSamples(max_bad_samples, known_bad)
-        self.bad_samples = self._bad.reasons
         self._index = dataset.index
-        self._num_ahead = max(1, shuffle_window // share_of_rank(batch_size, world_size))
-        self._loader = start_workers(dataset, self._sampler, num_workers)
+        self._num_ahead = max(1, shuffle_window // order.share_of_rank(batch_size, world_size))
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[ViewBatch]:
         """Batches `start_step` .. of an epoch, in order.
@@ -452,23 +462,8 @@ class Loader:
         coming = (one.sample_ids for one in self._sampler) if self._index.is_remote else iter(())
         with FetchAhead(self._index.fetch, coming, self._num_ahead) as ahead:
             for reply in replies:
-                self._bad.count(reply)
-                yield reply.batch
+                yield self._batch_of(reply)
                 ahead.advance()
-
-    def close(self) -> None:
-        """End the workers."""
-        end_workers(self._loader)
-
-
-def end_workers(loader: DataLoader) -> None:
-    """End the workers of a DataLoader now.
-
-    One that is collected with what refers to it cannot reach its workers any more, and waits 10 s.
-    """
-    iterator: Any = getattr(loader, "_iterator", None)
-    if iterator is not None:
-        iterator._shutdown_workers()
 
 
 def start_workers(dataset: Dataset, sampler: Iterable, num_workers: int) -> DataLoader:
@@ -520,7 +515,7 @@ def central_crops(
     dataset = ViewDataset(index, image_size=image_size, views="central")
     numbers = np.arange(index.num_samples)
     requests = [
-        OrderedSamples(ids, np.zeros_like(ids))
+        order.OrderedSamples(ids, np.zeros_like(ids))
         for ids in np.split(numbers, range(batch_size, len(numbers), batch_size))
     ]
     for reply in start_workers(dataset, requests, num_workers):

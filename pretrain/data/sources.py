@@ -25,7 +25,8 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from common.errors import UserError, no_such_file, require
-from common.files import MAX_JSON_BYTES, locked, read_regular, require_regular, write_bytes
+from common.files import MAX_JSON_BYTES, locked, read_or_refuse, require_regular, write_bytes
+from pretrain.data import remote
 from pretrain.data.cache import NUM_FETCHERS, CacheOptions, RemoteShard, ShardCache, make_folder
 from pretrain.data.index import (
     RULES,
@@ -39,16 +40,6 @@ from pretrain.data.index import (
     write_index,
 )
 from pretrain.data.random_numbers import stable_hash
-from pretrain.data.remote import (
-    PACKAGES,
-    Patience,
-    RemoteFile,
-    displayed,
-    find_tars,
-    look_at_all,
-    read_if_there,
-    read_small,
-)
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _BRACES = re.compile(r"\{[^{}]*(,|\.\.)[^{}]*\}")
@@ -91,12 +82,12 @@ def parse(spec: str | Path) -> Location:
     if text.startswith("pipe:"):
         require(text[5:].strip() != "", f"{text}: pipe: needs a command that writes a tar")
         return Location("pipe", False, text)
-    name, match = displayed(text), _SCHEME.match(text)
+    name, match = remote.displayed(text), _SCHEME.match(text)
     scheme = match[1].lower() if match else "file"
     is_web = scheme in ("http", "https")
     if match:
-        known = ", ".join(f"{one}://" for one in PACKAGES)
-        require(scheme in PACKAGES, f"{name}: give a local path, {known} or pipe:COMMAND")
+        known = ", ".join(f"{one}://" for one in remote.PACKAGES)
+        require(scheme in remote.PACKAGES, f"{name}: give a local path, {known} or pipe:COMMAND")
         text = scheme + text[len(scheme) :]
         rest = text.split("://", 1)[1]
         host, path = (re.sub(r"[?#].*", "", rest) if is_web else rest).partition("/")[::2]
@@ -115,7 +106,7 @@ def parse(spec: str | Path) -> Location:
     return Location(scheme, is_folder, text)
 
 
-def expand(spec: str | Path, patience: Patience | None = None) -> list[str]:
+def expand(spec: str | Path, patience: remote.Patience | None = None) -> list[str]:
     """The tars of a source: local paths, URLs, or ``pipe:`` commands, in their order.
 
     Args:
@@ -127,15 +118,15 @@ def expand(spec: str | Path, patience: Patience | None = None) -> list[str]:
     Raises:
         UserError: If nothing fits, or a server cannot list.
     """
-    location, patience = parse(spec), patience or Patience()
-    text, name = location.text, displayed(location.text)
+    location, patience = parse(spec), patience or remote.Patience()
+    text, name = location.text, remote.displayed(location.text)
     remedy = "no file fits this pattern; check the folder and the name"
     texts = [text]
     if location.is_folder:
         # The tars of an index in its order, else all of the folder.
         url = join(text, "index.json")
         if location.scheme != "file":
-            data = read_if_there(url, patience)
+            data = remote.read_if_there(url, patience)
         else:
             require(
                 Path(text).is_dir(),
@@ -143,12 +134,9 @@ def expand(spec: str | Path, patience: Patience | None = None) -> list[str]:
                     text, f"tools/make_shards.py PICTURES {text} makes it", "folder of shards"
                 ),
             )
-            try:
-                data = read_regular(url, MAX_JSON_BYTES) if Path(url).exists() else None
-            except OSError as error:
-                raise UserError(f"{url}: cannot be read ({error.strerror})") from error
+            data = read_or_refuse(url, MAX_JSON_BYTES) if Path(url).exists() else None
         if data is not None:
-            names = [shard["name"] for shard in parse_index(data, displayed(url))["shards"]]
+            names = [shard["name"] for shard in parse_index(data, remote.displayed(url))["shards"]]
             return [join(text, one) for one in names]
         is_web = location.scheme in ("http", "https")
         require(not is_web, f"{name}: there is no index.json, and {_BRACES_REMEDY}")
@@ -167,13 +155,14 @@ def expand(spec: str | Path, patience: Patience | None = None) -> list[str]:
     for one in texts:
         named = [one]
         if _GLOB.search(one) and location.scheme in ("s3", "gs"):
-            named = find_tars(one, patience)
+            named = remote.find_tars(one, patience)
         elif _GLOB.search(one) and location.scheme == "file" and not Path(one).exists():
             named = sorted(glob.glob(one))
         require(bool(named), f"{name if location.is_folder else one}: {remedy}")
         tars += named
-    twice = [tar for tar, count in Counter(tars).items() if count > 1]
-    require(not twice, f"{name}: names {displayed(twice[0]) if twice else ''} more than once")
+    for tar, count in Counter(tars).items():
+        if count > 1:
+            raise UserError(f"{name}: names {remote.displayed(tar)} more than once")
     return tars
 
 
@@ -228,7 +217,7 @@ class Source:
         if self.cache is None:
             return self.paths[number]
         shard = self.shards[number]
-        return f"{displayed(shard.url)} (copy: {self.cache.path(shard)})"
+        return f"{remote.displayed(shard.url)} (copy: {self.cache.path(shard)})"
 
 
 def open_source(spec: str | Path, options: CacheOptions) -> Source:
@@ -238,7 +227,7 @@ def open_source(spec: str | Path, options: CacheOptions) -> Source:
         UserError: If anything is missing, damaged, stale, or not allowed.
     """
     location = parse(spec)
-    name = displayed(location.text)
+    name = remote.displayed(location.text)
     if location.scheme != "file":
         return _open_remote(location, name, options)
     paths = [Path(path) for path in expand(location.text)]
@@ -247,7 +236,7 @@ def open_source(spec: str | Path, options: CacheOptions) -> Source:
         folder = index_folder = Path(location.text)
     else:
         files = [
-            RemoteFile(str(path.absolute()), _size_of(path), str(path.stat().st_mtime_ns))
+            remote.RemoteFile(str(path.absolute()), _size_of(path), str(path.stat().st_mtime_ns))
             for path in paths
         ]
         index_folder = _index_tars(files, options.place, name, lambda f: scan_file(Path(f.url)))
@@ -283,15 +272,15 @@ def _open_remote(location: Location, name: str, options: CacheOptions) -> Source
     urls = []
     if index_folder is None:
 
-        def scan(file: RemoteFile) -> ShardPart:
+        def scan(file: remote.RemoteFile) -> ShardPart:
             descriptor, size, sha256 = cache.fetch_unknown(file)
             with os.fdopen(descriptor, "rb") as stream:
-                entries, skipped = scan_shard(displayed(file.url), stream)
-            base = displayed(file.url).rpartition("/")[2] or "shard.tar"
+                entries, skipped = scan_shard(remote.displayed(file.url), stream)
+            base = remote.displayed(file.url).rpartition("/")[2] or "shard.tar"
             return ShardPart.of(base, entries, skipped, size, sha256)
 
         urls = expand(location.text, patience)
-        index_folder = _index_tars(look_at_all(urls, patience), cache.folder, name, scan)
+        index_folder = _index_tars(remote.look_at_all(urls, patience), cache.folder, name, scan)
         remedy = f"run again: the shards are indexed anew (or delete {index_folder})"
     index = read_index(index_folder)
     load_table(index_folder, index)
@@ -305,7 +294,10 @@ def _open_remote(location: Location, name: str, options: CacheOptions) -> Source
 
 
 def _index_tars(
-    files: list[RemoteFile], place: Path, name: str, scan: Callable[[RemoteFile], ShardPart]
+    files: list[remote.RemoteFile],
+    place: Path,
+    name: str,
+    scan: Callable[[remote.RemoteFile], ShardPart],
 ) -> Path:
     """Index tars that have no index: each is read once, some side by side.
 
@@ -325,7 +317,7 @@ def _index_tars(
     key = stable_hash(f"rules {RULES}", *tars).hex()
     target, locks = place / "indexes" / key, place / "locks"
 
-    def part_of(file: RemoteFile) -> ShardPart:
+    def part_of(file: remote.RemoteFile) -> ShardPart:
         saved = target / "parts" / stable_hash(file.url, file.version).hex()
         part = ShardPart.load(saved)
         if part is None:
@@ -361,7 +353,7 @@ def _fetch_index(location: Location, cache: ShardCache) -> Path | None:
     seen for the first time; later each is checked when it is fetched.
     """
     url, patience = join(location.text, "index.json"), cache.options.patience
-    data = read_if_there(url, patience)
+    data = remote.read_if_there(url, patience)
     if data is None:
         return None
     key = hashlib.sha256(location.text.encode() + b"\n" + data).hexdigest()
@@ -370,21 +362,20 @@ def _fetch_index(location: Location, cache: ShardCache) -> Path | None:
         if (target / "index.json").exists():
             return target
         make_folder(target)
-        index = parse_index(data, displayed(url))
+        index = parse_index(data, remote.displayed(url))
         table_url = join(location.text, index["samples"])
         limit = index["num_samples"] * SAMPLE_DTYPE.itemsize + 4096  # a header is 128 bytes
-        table = read_small(table_url, patience, limit)
+        table = remote.read_small(table_url, patience, limit)
         stale = "index.json or the file is stale; upload both again"
         require(
             hashlib.sha256(table).hexdigest() == index["samples_sha256"],
-            f"{displayed(table_url)}: its SHA-256 is not the one in index.json: {stale}",
+            f"{remote.displayed(table_url)}: its SHA-256 is not the one in index.json: {stale}",
         )
         write_bytes(target / index["samples"], table)
         urls = [join(location.text, shard["name"]) for shard in index["shards"]]
-        for shard, file in zip(index["shards"], look_at_all(urls, patience), strict=True):
-            require(
-                file.size in (None, shard["bytes"]),
-                f"{displayed(file.url)}: {file.size} bytes instead of {shard['bytes']}: {stale}",
-            )
+        for shard, file in zip(index["shards"], remote.look_at_all(urls, patience), strict=True):
+            name, expected = remote.displayed(file.url), shard["bytes"]
+            sizes = f"{file.size} bytes instead of {expected}"
+            require(file.size in (None, expected), f"{name}: {sizes}: {stale}")
         write_bytes(target / "index.json", data)
     return target

@@ -31,14 +31,7 @@ from common.errors import UserError, printable, require
 from common.files import open_regular
 from pretrain.data.decode import Sample, ViewWriter
 from pretrain.data.index import Notes, sample_hash, tar_samples
-from pretrain.data.loader import (
-    BadSamples,
-    BatchDataset,
-    Reply,
-    ViewBatch,
-    end_workers,
-    start_workers,
-)
+from pretrain.data.loader import BatchDataset, Reply, ViewBatch, WorkerLoader
 from pretrain.data.order import share_of_rank
 from pretrain.data.random_numbers import stable_hash
 from pretrain.data.remote import Patience, displayed, download, look
@@ -330,7 +323,7 @@ class StreamDataset(BatchDataset):
         return sample.name
 
 
-class StreamingLoader:
+class StreamingLoader(WorkerLoader):
     """Batches of two views from shards that are read from front to end (see the module's text).
 
     An epoch has the same number of batches on every rank, whatever the shards hold. Repeats number
@@ -346,15 +339,12 @@ class StreamingLoader:
         samples_per_epoch: What an epoch is; the remainder below one batch is left out.
         rank: Number of this rank.
         world_size: Number of ranks.
-        num_workers: Worker processes; 0 reads in this process.
+        num_workers, max_bad_samples, known_bad: See `WorkerLoader`.
         shuffle_buffer: Encoded samples that a worker holds back to mix them, at least 1.
-        max_bad_samples: How many different bad samples this rank replaces before it stops.
-        known_bad: Bad samples of an earlier part of the run: {sample number: reason}.
         patience: How long to keep trying to read a shard.
         views: Arguments of `ViewWriter`.
     Attributes:
         num_steps: Global batches per epoch.
-        bad_samples: Those replaced so far: {sample number: reason}.
     Raises:
         UserError: If there is nothing to read, or an option is impossible.
     """
@@ -378,15 +368,13 @@ class StreamingLoader:
         require(samples_per_epoch >= batch_size, fills)
         sources = open_sources(spec, patience)
         self.num_steps = samples_per_epoch // batch_size
-        self._bad = BadSamples(max_bad_samples, known_bad)
-        self.bad_samples = self._bad.reasons
         writer, share = ViewWriter(**views), share_of_rank(batch_size, world_size)
         self._seed = writer.seed
         reader = partial(Reader, sources, shuffle_buffer=shuffle_buffer, patience=patience)
         dataset = StreamDataset(writer, reader, share, rank, world_size)
         self._requests: list[StreamRequest] = []  # of the epoch that is read
         self._runs = itertools.count()
-        self._loader = start_workers(dataset, self._requests, num_workers)
+        super().__init__(dataset, self._requests, num_workers, max_bad_samples, known_bad)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[ViewBatch]:
         """Batches `start_step` .. of an epoch.
@@ -397,10 +385,4 @@ class StreamingLoader:
         first_repeat = (epoch * self.num_steps + start_step) * _MAX_PASSES
         request = StreamRequest(next(self._runs), (self._seed, epoch, start_step), first_repeat)
         self._requests[:] = [request] * (self.num_steps - start_step)
-        for reply in self._loader:
-            self._bad.count(reply)
-            yield reply.batch
-
-    def close(self) -> None:
-        """End the workers."""
-        end_workers(self._loader)
+        yield from map(self._batch_of, self._loader)

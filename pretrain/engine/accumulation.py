@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
+from common.backbone import Preprocessing
 from common.errors import require
 from pretrain import collectives as dist
 from pretrain.config import AdversarialConfig, DataConfig, OptimConfig
@@ -21,6 +22,7 @@ from pretrain.model.joint_embedding import FAContrastive, Features, StepOutput, 
 
 Images = Float[Tensor, "n 3 s s"]
 Ids = Int[Tensor, " n"] | None
+Compare = Callable[[Features], StepOutput]
 
 
 @dataclass(frozen=True)
@@ -74,16 +76,16 @@ class Gradients:
             sample_ids: Which sample each row of this process is.
         """
         parts = self._parts(views)
+        comparison = partial(self._comparison, views, generator, progress, sample_ids)
         if len(parts) > 1 and self.optim.accumulation == "cached":
-            return [self._cached(views, parts, generator, progress, sample_ids)]
+            return [self._cached(views, parts, comparison)]
         # The loss is a mean over samples: each micro-batch adds its share.
         outputs, total = [], torch.zeros((), device=views[0].device)
         for part in parts:
             own = rows_of(views, part)
             with record_function("forward"), self._sync(part is parts[-1]), self.autocast():
                 t = self.model.ema_projections(own)
-                compare = self._compare(t, views, part, generator, progress, sample_ids)
-                output = self.forward(own, compare)
+                output = self.forward(own, comparison(t, part))
                 share = output.loss / len(parts)
             with record_function("backward"), self._sync(part is parts[-1]):
                 self.scale(share).backward()
@@ -93,12 +95,7 @@ class Gradients:
         return outputs
 
     def _cached(
-        self,
-        views: Views,
-        parts: list[slice],
-        generator: Callable[[], torch.Generator],
-        progress: float,
-        sample_ids: Ids,
+        self, views: Views, parts: list[slice], comparison: Callable[..., Compare]
     ) -> StepOutput:
         """Cached gradients (GradCache, arXiv 2101.06983): the loss sees the whole batch.
 
@@ -106,7 +103,7 @@ class Gradients:
         """
         # First pass, without graph: all projections.
         z, states, device = [], [], views[0].device
-        kept = _kept_buffers(self.model.online)
+        kept = kept_buffers(self.model.online)
         with record_function("forward"), torch.no_grad(), self.autocast(), kept:
             for part in parts:
                 states.append(_random_state(device))
@@ -116,8 +113,7 @@ class Gradients:
         t = None if ema[0] is None else torch.cat([x for x in ema if x is not None], dim=1)
         cached = torch.cat(z, dim=1).requires_grad_()
         with record_function("forward"), self.autocast():
-            whole = slice(0, len(views[0]))
-            output = self._compare(t, views, whole, generator, progress, sample_ids)(cached)
+            output = comparison(t, slice(0, len(views[0])))(cached)
         with record_function("backward"):
             self.scale(output.loss).backward()
         assert cached.grad is not None
@@ -156,9 +152,10 @@ class Gradients:
         views = views.clone() if isinstance(views, Tensor) else [views[0].clone(), *views[1:]]
         device = views[0].device
         state, ema = _random_state(device), self.model.ema or nn.Module()
+        pixels = Preprocessing(data.pixel_mean, data.pixel_std)
         for part in self._parts(views):
             _set_random_state(state, device)
-            with _kept_buffers(self.model.online), _kept_buffers(ema):
+            with kept_buffers(self.model.online, ema):
                 own = rows_of(views, part)
                 with self.autocast():
                     t = self.model.ema_projections(own)
@@ -167,20 +164,12 @@ class Gradients:
                 def loss_of(first: Tensor, part=part, t=t, before=before, own=own) -> Tensor:
                     """With the same random numbers at every call."""
                     _set_random_state(before, first.device)
-                    compare = self._compare(t, views, part, generator, progress, sample_ids)
+                    compare = self._comparison(views, generator, progress, sample_ids, t, part)
                     with self.autocast():
                         large = torch.stack([first, own[1]])
                         return self.model.online([*large, *own[2:]], compare).loss
 
-                views[0][part] = perturb(
-                    loss_of,
-                    own[0],
-                    epsilon=adversarial.epsilon,
-                    num_steps=adversarial.num_steps,
-                    step_size=adversarial.step_size,
-                    pixel_mean=data.pixel_mean,
-                    pixel_std=data.pixel_std,
-                )
+                views[0][part] = perturb(loss_of, own[0], adversarial, pixels)
         _set_random_state(state, device)
         return views
 
@@ -190,15 +179,15 @@ class Gradients:
         size = self.optim.micro_batch_size // dist.world_size() or n
         return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
-    def _compare(
+    def _comparison(
         self,
-        t: Features | None,
         views: Views,
-        part: slice,
         generator: Callable[[], torch.Generator],
         progress: float,
         sample_ids: Ids,
-    ) -> Callable[[Features], StepOutput]:
+        t: Features | None,
+        part: slice,
+    ) -> Compare:
         """What turns the projections of some local rows into their loss."""
         num_local = len(views[0])
         first = dist.local_rows(num_local).start
@@ -222,12 +211,8 @@ def rows_of(views: Views, part: slice) -> list[Images]:
 def perturb(
     loss_of: Callable[[Images], Float[Tensor, ""]],
     images: Images,
-    *,
-    epsilon: float,
-    num_steps: int,
-    step_size: float | None,
-    pixel_mean: tuple[float, float, float],
-    pixel_std: tuple[float, float, float],
+    adversarial: AdversarialConfig,
+    pixels: Preprocessing,
 ) -> Images:
     """Pictures near the given ones at which the loss is higher.
 
@@ -240,34 +225,31 @@ def perturb(
     Args:
         loss_of: The loss of normalised pictures, with a graph to them.
         images: Normalised; of valid pixels, 0..1 before (x - mean) / std.
-        epsilon: Largest change of a pixel value, in 1/255; above 0.
-        num_steps: At least 1.
-        step_size: In 1/255; None: one that reaches the bound, 1.25 epsilon of a single step and
-            2.5 epsilon / num_steps of several.
-        pixel_mean: Of the normalisation, RGB.
-        pixel_std: Of the normalisation, RGB.
+        adversarial: The bound, the number of steps, and their size; None: one that reaches the
+            bound, 1.25 epsilon of a single step and 2.5 epsilon / num_steps of several.
+        pixels: Of the normalisation.
     Returns:
         Normalised pictures without a graph.
     """
-    if step_size is None:
-        step_size = 1.25 * epsilon if num_steps == 1 else 2.5 * epsilon / num_steps
-    step = step_size / 255
-    mean, std = (images.new_tensor(x).view(1, 3, 1, 1) for x in (pixel_mean, pixel_std))
-    pixels = images.detach() * std + mean
-    low, high = (pixels - epsilon / 255).clamp(0, 1), (pixels + epsilon / 255).clamp(0, 1)
+    epsilon, num_steps = adversarial.epsilon, adversarial.num_steps
+    usual = 1.25 * epsilon if num_steps == 1 else 2.5 * epsilon / num_steps
+    step = (usual if adversarial.step_size is None else adversarial.step_size) / 255
+    mean, std = (images.new_tensor(x).view(1, 3, 1, 1) for x in (pixels.mean, pixels.std))
+    plain = images.detach() * std + mean
+    low, high = (plain - epsilon / 255).clamp(0, 1), (plain + epsilon / 255).clamp(0, 1)
     for _ in range(num_steps):
         with torch.enable_grad():
-            candidate = pixels.detach().requires_grad_()
+            candidate = plain.detach().requires_grad_()
             loss = loss_of((candidate - mean) / std)
         (gradient,) = torch.autograd.grad(loss, candidate)
-        pixels = (pixels + step * gradient.sign()).clamp(low, high)
-    return (pixels - mean) / std
+        plain = (plain + step * gradient.sign()).clamp(low, high)
+    return (plain - mean) / std
 
 
 @contextlib.contextmanager
-def _kept_buffers(module: nn.Module) -> Iterator[None]:
+def kept_buffers(*modules: nn.Module) -> Iterator[None]:
     """BN statistics as before, whatever passes through."""
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
     yield
     for buffer, value in before:
         buffer.copy_(value)

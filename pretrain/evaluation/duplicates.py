@@ -88,13 +88,9 @@ def find_groups(prints: list[Fingerprint], threshold: float = THRESHOLD) -> list
             is_same = len({prints[i].digest for i in members.tolist()}) == 1
             leader = np.broadcast_to(thumbnails[members[0]], (len(members), SIDE, SIDE))
             values = np.ones(len(members)) if is_same else correlation(leader, thumbnails[members])
-            groups.append(
-                DuplicateGroup(
-                    "same pixels" if is_same else "near",
-                    members.tolist(),
-                    [round(float(value), 4) for value in values],
-                )
-            )
+            correlations = [round(float(value), 4) for value in values]
+            kind = "same pixels" if is_same else "near"
+            groups.append(DuplicateGroup(kind, members.tolist(), correlations))
     return sorted(groups, key=lambda group: (-len(group.members), group.members[0]))
 
 

@@ -13,7 +13,7 @@ from common.backbone import Preprocessing
 from common.config import one_line
 from common.errors import UserError, require
 from common.resnet import read_arch
-from pretrain.config import HeadConfig
+from pretrain.config import AdversarialConfig, HeadConfig
 from pretrain.data.loader import central_crops
 from pretrain.data.shards import Samples
 from pretrain.engine.accumulation import perturb
@@ -96,10 +96,7 @@ class NeighbourStudy:
                 return (x * sign).sum()
             return -functional.cosine_similarity(self.network.project(x), entries).sum()
 
-        return perturb(
-            loss_of, images, epsilon=epsilon, num_steps=num_steps, step_size=None,
-            pixel_mean=self.pixels.mean, pixel_std=self.pixels.std,
-        )  # fmt: skip
+        return perturb(loss_of, images, AdversarialConfig(epsilon, num_steps), self.pixels)
 
     def nearest(self, images: Float[Tensor, "n 3 s s"]) -> Tensor:
         """Position of each picture's nearest entry in the queue, int64 [n]."""

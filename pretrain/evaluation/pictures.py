@@ -110,9 +110,8 @@ class RunPictures(Callback):
         num_small = len(views) - NUM_LARGE
         small = [f"small crop {number + 1}" for number in range(num_small)]
         columns = ["picture", "view 1", "view 2", *small][index is None :]
-        save_grid(
-            self._folder / "pictures/views.jpg", rows, {"columns": columns, "rows": described}
-        )
+        about = {"columns": columns, "rows": described}
+        save_grid(self._folder / "pictures/views.jpg", rows, about)
 
     def save_neighbours(self, name: str) -> None:
         """``neighbours.jpg``: a query per row, then its nearest pictures in feature space.
@@ -165,11 +164,8 @@ class RunPictures(Callback):
                     "similarities": [round(float(v), 4) for v in values[query]],
                 }
             )
-        save_grid(
-            self._folder / f"pictures/{name}.jpg",
-            rows,
-            {"num_bank": len(bank_features), "rows": described},
-        )
+        about = {"num_bank": len(bank_features), "rows": described}
+        save_grid(self._folder / f"pictures/{name}.jpg", rows, about)
 
 
 def save_grid(

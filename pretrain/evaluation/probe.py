@@ -172,13 +172,9 @@ class Probe:
 
     def features(self, backbone: nn.Module, index: Samples) -> tuple[Tensor, Tensor]:
         """Features [n, d] in ``eval.knn_dtype`` and labels [n] of a set or of a part."""
+        size, dtype = self.config.image_size, getattr(torch, self.config.knn_dtype)
         return extract_features(
-            backbone,
-            index,
-            self.data,
-            self.device,
-            image_size=self.config.image_size,
-            dtype=getattr(torch, self.config.knn_dtype),
+            backbone, index, self.data, self.device, image_size=size, dtype=dtype
         )
 
     def top1(self, backbone: nn.Module) -> float:
@@ -325,13 +321,9 @@ class OnlineProbe(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Its entry of the checkpoint."""
-        return {
-            "online_probe": {
-                "classifier": self.classifier.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "counts": self._counts,
-            }
-        }
+        parts = {"classifier": self.classifier, "optimizer": self.optimizer}
+        own = {name: part.state_dict() for name, part in parts.items()}
+        return {"online_probe": own | {"counts": self._counts}}
 
     def load_state_dict(self, state: dict[str, Any]) -> str | None:
         """Go on from a checkpoint; says so where the classifier has to start anew."""

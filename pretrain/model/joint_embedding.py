@@ -67,14 +67,8 @@ class OnlineNetwork(nn.Module):
         )
         self.predictor: nn.Module | None = None
         if has_predictor:
-            self.predictor = mlp(
-                heads.output_dim,
-                heads.predictor_hidden_dim,
-                heads.output_dim,
-                num_layers=2,
-                dropout=heads.dropout,
-                of_maps=of_maps,
-            )
+            dims = heads.output_dim, heads.predictor_hidden_dim, heads.output_dim
+            self.predictor = mlp(*dims, num_layers=2, dropout=heads.dropout, of_maps=of_maps)
 
     def project(self, view: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n d *yx"]:
         """Projections z = g(f(view)), at each position of the map where there is one."""
@@ -129,12 +123,9 @@ class FAContrastive(nn.Module):
     ) -> None:
         super().__init__()
         self.objective, self.fa, self.spec = objective, fa, resolve(objective, fa)
+        has_predictor, of_maps = self.spec.architecture != "basic", objective.min_positions > 0
         self.online = OnlineNetwork(
-            arch,
-            heads,
-            residual_gamma,
-            has_predictor=self.spec.architecture != "basic",
-            of_maps=objective.min_positions > 0,
+            arch, heads, residual_gamma, has_predictor=has_predictor, of_maps=of_maps
         )
         self.ema: OnlineNetwork | None = None
         if objective.has_ema:

@@ -35,12 +35,8 @@ class InfoNce(Objective):
         if self.mixing.is_on:
             pairs = (pair.target, pair.online, columns)
             return self.mixing.loss(*pairs, temperature=tau, random=pair.random, of_batch=True)
-        return infonce_loss(
-            pair.target,
-            columns,
-            temperature=tau,
-            first_positive=dist.local_rows(len(pair.target)).start,
-        )
+        first = dist.local_rows(len(pair.target)).start
+        return infonce_loss(pair.target, columns, temperature=tau, first_positive=first)
 
 
 def infonce_loss(

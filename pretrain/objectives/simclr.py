@@ -38,13 +38,8 @@ class SimClr(Objective):
         if self.mixing.is_on:
             pairs = (pair.target, pair.online, torch.cat([columns, others]))
             return self.mixing.loss(*pairs, temperature=tau, random=pair.random, of_batch=True)
-        return nt_xent_loss(
-            pair.target,
-            columns,
-            others,
-            temperature=tau,
-            first_positive=dist.local_rows(len(pair.target)).start,
-        )
+        first = dist.local_rows(len(pair.target)).start
+        return nt_xent_loss(pair.target, columns, others, temperature=tau, first_positive=first)
 
 
 def nt_xent_loss(

@@ -45,11 +45,8 @@ class SwAV(Objective):
         self, target: Float[Tensor, "n d"], state: nn.ParameterDict
     ) -> Float[Tensor, "n K"]:
         """The target's codes; see ``prototype_scores`` and ``sinkhorn``."""
-        return sinkhorn(
-            prototype_scores(target, state["weight"]),
-            epsilon=self.sinkhorn_epsilon,
-            num_iterations=self.sinkhorn_iterations,
-        )
+        scores, iterations = prototype_scores(target, state["weight"]), self.sinkhorn_iterations
+        return sinkhorn(scores, epsilon=self.sinkhorn_epsilon, num_iterations=iterations)
 
     def loss(self, pair: Pair, state: nn.ParameterDict) -> Float[Tensor, ""]:
         """See ``prototype_scores`` and ``swav_loss``."""

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.annotations import lists
-from common.annotations.formats.yolo import Yolo
+from common.annotations.formats import yolo as yolo_format
 from common.annotations.lists import seeded_split
 from common.annotations.record import FORMATS, LabelledSet, SetChoice, read_set
 from common.errors import UserError
@@ -161,7 +161,7 @@ def test_a_yolo_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.Monkey
     listed: list[Path] = []
     walk = os.walk
     monkeypatch.setattr(os, "walk", lambda top, **more: listed.append(top) or walk(top, **more))
-    Yolo.read(tmp_path, SetChoice())
+    yolo_format.read(tmp_path, SetChoice())
     assert listed == [tmp_path]
 
 

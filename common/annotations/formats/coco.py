@@ -1,4 +1,11 @@
-"""COCO's layout: one JSON file of pictures, categories and boxes for each list."""
+"""COCO's layout: one JSON file of pictures, categories and boxes for each list.
+
+ROOT/annotations/instances_train2017.json, ROOT/train2017/*.jpg; the same with val2017.
+
+A list NAME of another set is annotations/instances_NAME.json or annotations/NAME.json (CVAT),
+NAME.json (Label Studio), or a JSON file in a folder NAME (Roboflow). Pictures are looked for in
+ROOT/NAME, ROOT/images/NAME, ROOT/images, beside the JSON file, and in ROOT.
+"""
 
 import hashlib
 import math
@@ -25,68 +32,51 @@ _BEGINNING = re.compile(
 )
 GROUPS = "categories without objects that group others: left out"
 ELSEWHERE = "pictures whose path is of another place: found by the file's name"
+HOLDS = "COCO's JSON, as annotations/instances_train2017.json, result.json, train/NAME.json"
 
 
-class Coco(record.LabelledFormat):
-    """ROOT/annotations/instances_train2017.json, ROOT/train2017/*.jpg; the same with val2017.
-
-    A list NAME of another set is annotations/instances_NAME.json or annotations/NAME.json (CVAT),
-    NAME.json (Label Studio), or a JSON file in a folder NAME (Roboflow). Pictures are looked for
-    in ROOT/NAME, ROOT/images/NAME, ROOT/images, beside the JSON file, and in ROOT.
-    """
-
-    holds = "COCO's JSON, as annotations/instances_train2017.json, result.json, train/NAME.json"
-
-    @classmethod
-    def recognises(cls, root: Path) -> bool:
-        """Whether there is a JSON file of annotations or a folder of COCO's pictures."""
-        return bool(_json_files(root)) or any(
-            (root / name).is_dir() for name in ("train2017", "val2017")
-        )
-
-    @classmethod
-    def read(cls, root: Path, choice: record.SetChoice) -> record.LabelledSet:
-        """Read and check the chosen lists; see `LabelledFormat.read`.
-
-        Masks are not used. Crowds are left out of the training list, as Detectron2 does; they stay
-        in the test list, where the evaluation ignores them. Pictures and classes are in the order
-        of COCO's numbers, unless the choice orders the classes. The metric is COCO's.
-        """
-        if choice.metric_year is not None:
-            raise UserError(f"{root}: a COCO folder has COCO's metric; leave --metric-year out")
-        files, found = _json_files(root), checks.Findings(choice.max_left_out)
-        categories: dict[str, dict[str, bool]] = {}
-
-        def load(name: str) -> record.LabelledSplit:
-            split, categories[name] = _read_split(root, files, name, choice.exif, found)
-            for other, classes in categories.items():
-                if [*classes] != [*categories[name]]:
-                    raise UserError(f"{root}: {name} and {other} have different categories")
-            return split
-
-        def stated() -> tuple[str, ...]:
-            names = next(iter(categories.values()))
-            kept = tuple(x for x in names if any(own[x] for own in categories.values()))
-            found.ignored[GROUPS] += len(names) - len(kept)
-            return kept
-
-        usual = (_usual(choice.usual_train, "train2017"), _usual(choice.usual_test, "val2017"))
-        is_told = (choice.usual_train or "").startswith("coco_")
-        data = assemble(
-            root, list(files), load, choice, found,
-            stated=stated,
-            usual=usual if usual[1] in files and (usual[0] in files or is_told) else None,
-            metric_year=None,
-        )  # fmt: skip
-        return replace(data, train=tuple(map(_without_crowds, data.train)))
-
-
-def _without_crowds(split: record.LabelledSplit) -> record.LabelledSplit:
-    pictures = tuple(
-        replace(picture, objects=tuple(item for item in picture.objects if not item.crowd))
-        for picture in split.pictures
+def recognises(root: Path) -> bool:
+    """Whether there is a JSON file of annotations or a folder of COCO's pictures."""
+    return bool(_json_files(root)) or any(
+        (root / name).is_dir() for name in ("train2017", "val2017")
     )
-    return replace(split, pictures=pictures)
+
+
+def read(root: Path, choice: record.SetChoice) -> record.LabelledSet:
+    """Read and check the chosen lists; see `record.FORMATS`.
+
+    Masks are not used. Crowds are left out of the training list, as Detectron2 does; they stay
+    in the test list, where the evaluation ignores them. Pictures and classes are in the order
+    of COCO's numbers, unless the choice orders the classes. The metric is COCO's.
+    """
+    if choice.metric_year is not None:
+        raise UserError(f"{root}: a COCO folder has COCO's metric; leave --metric-year out")
+    files, found = _json_files(root), checks.Findings(choice.max_left_out)
+    categories: dict[str, dict[str, bool]] = {}
+
+    def load(name: str) -> record.LabelledSplit:
+        path, places = _find_list(root, files, name)
+        categories[name], pictures = read_instances(path, *places, exif=choice.exif, findings=found)
+        for other, classes in categories.items():
+            if [*classes] != [*categories[name]]:
+                raise UserError(f"{root}: {name} and {other} have different categories")
+        return record.LabelledSplit(places[0], name, pictures)
+
+    def stated() -> tuple[str, ...]:
+        names = next(iter(categories.values()))
+        kept = tuple(x for x in names if any(own[x] for own in categories.values()))
+        found.ignored[GROUPS] += len(names) - len(kept)
+        return kept
+
+    usual = (_usual(choice.usual_train, "train2017"), _usual(choice.usual_test, "val2017"))
+    is_told = (choice.usual_train or "").startswith("coco_")
+    data = assemble(
+        root, list(files), load, choice, found,
+        stated=stated,
+        usual=usual if usual[1] in files and (usual[0] in files or is_told) else None,
+        metric_year=None,
+    )  # fmt: skip
+    return replace(data, train=tuple(x.where(lambda item: not item.crowd) for x in data.train))
 
 
 def _usual(name: str | None, default: str) -> str:
@@ -125,10 +115,8 @@ def _holds_annotations(path: Path) -> bool:
     return _BEGINNING.match(text) is not None and all(key in text for key in needed)
 
 
-def _read_split(
-    root: Path, files: Mapping[str, list[Path]], name: str, exif: str, findings: checks.Findings
-) -> tuple[record.LabelledSplit, dict[str, bool]]:
-    """One list and its categories; see `read_instances`."""
+def _find_list(root: Path, files: Mapping[str, list[Path]], name: str) -> tuple[Path, list[Path]]:
+    """The file of a list, and the folders in which its pictures may be."""
     if name not in files:
         needed, there = root / f"annotations/instances_{name}.json", ", ".join(files) or "none"
         raise UserError(
@@ -142,9 +130,7 @@ def _read_split(
         )
     places = [root / name, root / "images" / name, root / "images", path.parent / "images",
               path.parent, root]  # fmt: skip
-    places = list(dict.fromkeys(place for place in places if place.is_dir()))
-    classes, pictures = read_instances(path, *places, exif=exif, findings=findings)
-    return record.LabelledSplit(places[0], name, pictures), classes
+    return path, list(dict.fromkeys(place for place in places if place.is_dir()))
 
 
 def read_instances(
@@ -220,11 +206,15 @@ def read_instances(
         findings.ignored[checks.EMPTY] += len(empty)
     if is_strict:
         findings.raise_faults()
-    return is_class, tuple(
-        _picture(row, *pictures[row["id"]], objects[row["id"]])
-        for row in images
-        if row["id"] in pictures
-    )
+    records = []
+    for row in images:
+        if row["id"] in pictures:
+            (file, frame), own = pictures[row["id"]], objects[row["id"]]
+            text = repr((row["id"], row["file_name"], file.stat().st_size, own))
+            digest = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
+            size = frame.width, frame.height
+            records.append(record.PictureRecord(str(row["id"]), file, *size, tuple(own), digest))
+    return is_class, tuple(records)
 
 
 def _rows(path: Path, content: Any, key: str) -> list[dict[str, Any]]:
@@ -256,22 +246,15 @@ def _file(folders: Sequence[Path], name: Any, where: str, findings: checks.Findi
     if not isinstance(name, str):
         raise UserError(f"{where}: file_name {name!r:.120}: give the name of a file")
     clean = name.replace("\\", "/")
-    for folder in folders if not checks.leads_out(clean) else ():
-        if (file := checks.find_file(folder / clean)) is not None:
-            return file
-    last = clean.partition("?")[0].rpartition("/")[2]
-    for folder in folders if last != clean and not checks.leads_out(last) else ():
-        if (file := checks.find_file(folder / last)) is not None:
-            findings.repairs[ELSEWHERE] += 1
-            return file
+    for place in dict.fromkeys((clean, clean.partition("?")[0].rpartition("/")[2])):
+        for folder in folders if not checks.leads_out(place) else ():
+            if (file := checks.find_file(folder / place)) is not None:
+                findings.repairs[ELSEWHERE] += place != clean
+                return file
+    fault = f"no such picture, {name!r:.120} in {folders[0]}; add it"
     if checks.leads_out(clean):
-        raise checks.Unusable(
-            checks.PICTURE,
-            f"{where}: file_name {name!r:.120} leads out of {folders[0]}; give one within",
-        )
-    raise checks.Unusable(
-        checks.PICTURE, f"{where}: no such picture, {name!r:.120} in {folders[0]}; add it"
-    )
+        fault = f"file_name {name!r:.120} leads out of {folders[0]}; give one within"
+    raise checks.Unusable(checks.PICTURE, f"{where}: {fault}")
 
 
 def _object(
@@ -311,13 +294,3 @@ def _polygons(segmentation: Any) -> list[float]:
     parts = segmentation if isinstance(segmentation, list) else []
     values = [checks.number(x) for part in parts if isinstance(part, list) for x in part]
     return values if len(values) % 2 == 0 and all(map(math.isfinite, values)) else []
-
-
-def _picture(
-    row: dict[str, Any], file: Path, frame: checks.Frame, objects: list[record.ObjectRecord]
-) -> record.PictureRecord:
-    text = repr((row["id"], row["file_name"], file.stat().st_size, objects))
-    digest = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
-    return record.PictureRecord(
-        str(row["id"]), file, frame.width, frame.height, tuple(objects), digest
-    )

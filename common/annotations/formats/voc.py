@@ -1,4 +1,10 @@
-"""PASCAL VOC's layout: lists of pictures, and one XML file of objects for each picture."""
+"""PASCAL VOC's layout: lists of pictures, and one XML file of objects for each picture.
+
+ROOT/VOC2007/{ImageSets/Main/LIST.txt, Annotations/ID.xml, JPEGImages/ID.jpg}
+
+The folder is a VOC devkit (VOC2007/ and/or VOC2012/), or a set made by tools/make_dataset.py, whose
+dataset.json says the classes, the lists and the metric.
+"""
 
 import codecs
 import contextlib
@@ -50,90 +56,93 @@ _NOT_SAID = ("", "unspecified", "unknown", "none", "null")
 _FLAGS = {"0": False, "1": True, "false": False, "true": True, "no": False, "yes": True}
 
 
+HOLDS = "VOC2007/ImageSets/Main or VOC2012/ImageSets/Main, or a dataset.json beside them"
+
+
 # -- sets -----------------------------------------------------------------------------------------
 
 
-class Voc(record.LabelledFormat):
-    """ROOT/VOC2007/{ImageSets/Main/LIST.txt, Annotations/ID.xml, JPEGImages/ID.jpg}.
+def recognises(root: Path) -> bool:
+    """Whether there is a dataset.json with classes or a VOC folder."""
+    card = read_record_or_none(root / "dataset.json", {"classes": list})
+    return card is not None or bool(_devkit_folders(root))
 
-    The folder is a VOC devkit (VOC2007/ and/or VOC2012/), or a set made by tools/make_dataset.py,
-    whose dataset.json says the classes, the lists and the metric.
+
+def read(root: Path, choice: record.SetChoice) -> record.LabelledSet:
+    """Read and check the chosen lists; see `record.FORMATS`.
+
+    Classes: the choice, else dataset.json, else the 20 VOC names in PASCAL's own set, else
+    those that occur. The metric of PASCAL's own VOC2007 is the 11-point AP, that of any other
+    set the area.
     """
+    path = root / "dataset.json"
+    description: dict[str, Any] = _read_description(path) if path.exists() else {}
+    year = description.get("metric_year") or None
+    if year not in (None, 2007, 2012):
+        raise UserError(f"metric year {year}: give 2007 (11-point AP) or 2012 (area)")
 
-    holds = "VOC2007/ImageSets/Main or VOC2012/ImageSets/Main, or a dataset.json beside them"
+    # PASCAL's own set has its own classes, metric and tolerance.
+    classes = choice.classes or tuple(description.get("classes", ()))
+    if not classes and _has_official_list(root):
+        classes = VOC_CLASSES
+    is_official = classes == VOC_CLASSES and description.get("kind", "voc") == "voc"
+    stated = description.get("classes") or (VOC_CLASSES if is_official else None)
+    findings = checks.Findings(choice.max_left_out)
+    own = description.get("splits")
+    spellings = _spellings(root, own if isinstance(own, dict) else {})
+    if not is_official:
+        findings.ignored[UNLISTED] += sum(map(_num_unlisted, _devkit_folders(root)))
 
-    @classmethod
-    def recognises(cls, root: Path) -> bool:
-        """Whether there is a dataset.json with classes or a VOC folder."""
-        card = read_record_or_none(root / "dataset.json", {"classes": list})
-        return card is not None or bool(_devkit_folders(root))
+    # Lists that are not guessed: dataset.json's; else the config's or the challenge's.
+    config = (choice.usual_train or "", choice.usual_test or "")
+    is_told = [one.startswith("voc_") for one in config]
+    train = config[0] if is_told[0] else "voc_2007_trainval"
+    test = config[1] if is_told[1] else "voc_2007_test"
+    if description:
+        train, test = (train, test) if is_official else ("train", "test")
+        train = description.get("train_split") or train
+        test = description.get("test_split") or test
+    has_usual = (
+        bool(description)
+        or {*train.split("+"), test} <= spellings.keys()
+        or (is_official and any(is_told))
+    )
 
-    @classmethod
-    def read(cls, root: Path, choice: record.SetChoice) -> record.LabelledSet:
-        """Read and check the chosen lists; see `LabelledFormat.read`.
+    def spelt(lists: str) -> str:
+        return "+".join(spellings.get(name, name) for name in lists.split("+"))
 
-        Classes: the choice, else dataset.json, else the 20 VOC names in PASCAL's own set, else
-        those that occur. The metric of PASCAL's own VOC2007 is the 11-point AP, that of any other
-        set the area.
-        """
-        path = root / "dataset.json"
-        description: dict[str, Any] = _read_description(path) if path.exists() else {}
-        year = description.get("metric_year") or None
-        if year not in (None, 2007, 2012):
-            raise UserError(f"metric year {year}: give 2007 (11-point AP) or 2012 (area)")
+    choice = replace(
+        choice,
+        train_split=choice.train_split and spelt(choice.train_split),
+        test_split=choice.test_split and spelt(choice.test_split),
+    )
 
-        # PASCAL's own set has its own classes, metric and tolerance.
-        classes = choice.classes or tuple(description.get("classes", ()))
-        if not classes and _has_official_list(root):
-            classes = VOC_CLASSES
-        is_official = classes == VOC_CLASSES and description.get("kind", "voc") == "voc"
-        stated = description.get("classes") or (VOC_CLASSES if is_official else None)
-        findings = checks.Findings(choice.max_left_out)
-        own = description.get("splits")
-        spellings = _spellings(root, own if isinstance(own, dict) else {})
-        if not is_official:
-            findings.ignored[UNLISTED] += sum(map(_num_unlisted, _devkit_folders(root)))
-
-        # Lists that are not guessed: dataset.json's; else the config's or the challenge's.
-        config = (choice.usual_train or "", choice.usual_test or "")
-        is_told = [one.startswith("voc_") for one in config]
-        train = config[0] if is_told[0] else "voc_2007_trainval"
-        test = config[1] if is_told[1] else "voc_2007_test"
-        if description:
-            train, test = (train, test) if is_official else ("train", "test")
-            train = description.get("train_split") or train
-            test = description.get("test_split") or test
-        has_usual = (
-            bool(description)
-            or {*train.split("+"), test} <= spellings.keys()
-            or (is_official and any(is_told))
+    def load(name: str) -> record.LabelledSplit:
+        folder, own_name = _find_list(root, name)
+        reading = {"exif": choice.exif, "is_official": is_official, "findings": findings}
+        finder = PictureFinder(folder)
+        pictures = findings.usable(
+            checks.ANNOTATION,
+            read_list(folder, own_name),
+            lambda image_id: read_picture(folder, image_id, stated, finder, **reading),
         )
+        return record.LabelledSplit(folder, own_name, pictures)
 
-        def spelt(lists: str) -> str:
-            return "+".join(spellings.get(name, name) for name in lists.split("+"))
-
-        choice = replace(
-            choice,
-            train_split=choice.train_split and spelt(choice.train_split),
-            test_split=choice.test_split and spelt(choice.test_split),
-        )
-        data = assemble(
-            root,
-            sorted(set(spellings.values())),
-            lambda name: _read_split(
-                *_find_list(root, name), stated, choice.exif, is_official, findings
-            ),
-            choice,
-            findings,
-            stated=lambda: stated,
-            usual=(spelt(train), spelt(test)) if has_usual else None,
-            names_unused=not (description or is_official),
-            says_roles=bool(description),
-            metric_year=year,
-            name=description.get("name") and str(description["name"]),
-        )
-        is_2007 = is_official and "2012" not in data.test.folder.name
-        return replace(data, metric_year=data.metric_year or (2007 if is_2007 else 2012))
+    data = assemble(
+        root,
+        sorted(set(spellings.values())),
+        load,
+        choice,
+        findings,
+        stated=lambda: stated,
+        usual=(spelt(train), spelt(test)) if has_usual else None,
+        names_unused=not (description or is_official),
+        says_roles=bool(description),
+        metric_year=year,
+        name=description.get("name") and str(description["name"]),
+    )
+    is_2007 = is_official and "2012" not in data.test.folder.name
+    return replace(data, metric_year=data.metric_year or (2007 if is_2007 else 2012))
 
 
 def _has_official_list(root: Path) -> bool:
@@ -169,25 +178,6 @@ def _read_description(path: Path) -> dict[str, Any]:
     if len(set(classes)) != len(classes) or not classes:
         raise UserError(f"{path}: classes {', '.join(classes)!r} must be different and not none")
     return content | {"classes": classes}
-
-
-def _read_split(
-    folder: Path,
-    name: str,
-    classes: Collection[str] | None,
-    exif: str,
-    is_official: bool,
-    findings: checks.Findings,
-) -> record.LabelledSplit:
-    """Read a list and every annotation that it names."""
-    pictures, finder = [], PictureFinder(folder)
-    for image_id in read_list(folder, name):
-        with findings.leaving_out(checks.ANNOTATION):
-            pictures.append(
-                read_picture(folder, image_id, classes, finder=finder, exif=exif,
-                             is_official=is_official, findings=findings)
-            )  # fmt: skip
-    return record.LabelledSplit(folder, name, tuple(pictures))
 
 
 def _devkit_folders(root: Path) -> list[Path]:
@@ -373,11 +363,8 @@ def read_picture(
     folder: Path,
     image_id: str,
     classes: Collection[str] | None,
-    *,
     finder: PictureFinder | None = None,
-    exif: str = "auto",
-    is_official: bool = False,
-    findings: checks.Findings | None = None,
+    **reading: Any,
 ) -> record.PictureRecord:
     """Read Annotations/ID.xml and the header of the picture.
 
@@ -386,10 +373,7 @@ def read_picture(
         image_id: Name without suffix.
         classes: Names that may occur; None: any.
         finder: Of the pictures in `folder`.
-        exif: See `SetChoice`.
-        is_official: PASCAL's own set: nothing is clipped, so that figures compare with others'. A
-            few of its boxes reach a pixel beyond their picture.
-        findings: Repairs and objects left out are counted here; None: nothing is left out.
+        reading: What else `read_objects` takes.
 
     Raises:
         UserError: If a file is missing or unreadable, or its content would mislead training.
@@ -398,9 +382,7 @@ def read_picture(
     path = checks.find_file(path) or checks.find_file(path.with_name(f"{path.stem}.XML")) or path
     tree = parse_annotation(path)
     file = (finder or PictureFinder(folder)).require(image_id)
-    return read_objects(
-        path, tree, file, image_id, classes, exif=exif, is_official=is_official, findings=findings
-    )
+    return read_objects(path, tree, file, image_id, classes, **reading)
 
 
 Parsed = tuple[bytes, ElementTree.Element]  # the bytes of an XML file and its elements
@@ -417,7 +399,22 @@ def read_objects(
     is_official: bool = False,
     findings: checks.Findings | None = None,
 ) -> record.PictureRecord:
-    """The objects of an annotation from `parse_annotation`, for its picture; see `read_picture`."""
+    """The objects of an annotation, for its picture.
+
+    Args:
+        path: Of the annotation.
+        parsed: From `parse_annotation`.
+        file: The picture.
+        image_id: Its name without suffix.
+        classes: Names that may occur; None: any.
+        exif: See `SetChoice`.
+        is_official: PASCAL's own set: nothing is clipped, so that figures compare with others'. A
+            few of its boxes reach a pixel beyond their picture.
+        findings: Repairs and objects left out are counted here; None: nothing is left out.
+
+    Raises:
+        UserError: If the content would mislead training.
+    """
     is_strict = findings is None
     findings = findings or checks.Findings()
     content, tree = parsed
@@ -524,10 +521,7 @@ def _encoding(path: Path, content: bytes) -> str:
 
 def _number(where: object, element: ElementTree.Element, field: str) -> float:
     text = (element.findtext(field) or "").strip()
-    try:
-        value = math.nan if "_" in text else float(text)
-    except ValueError:
-        value = math.nan
+    value = checks.written_number(text)
     if not math.isfinite(value):
         raise UserError(f"{where}: <{field}> holds {text!r:.60}; write a number")
     return value

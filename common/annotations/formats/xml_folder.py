@@ -1,71 +1,58 @@
-"""Pictures and VOC's XML anywhere in a folder: LabelImg, Roboflow's and Label Studio's exports."""
+"""Pictures and VOC's XML anywhere in a folder: LabelImg, Roboflow's and Label Studio's exports.
+
+ROOT/a.jpg and ROOT/a.xml, at any depth, or in folders of their own. An annotation belongs to the
+picture of its name in the same folder; if that holds no pictures, in the nearest one. Folders
+called train, valid or val, and test, are lists.
+"""
 
 from pathlib import Path, PurePosixPath
 
 from common.annotations import record
 from common.annotations.checks import ANNOTATION, PICTURE, UNLABELLED, Findings, Unusable
 from common.annotations.files import FolderFiles
-from common.annotations.formats.voc import Parsed, Voc, parse_annotation, read_objects
-from common.annotations.lists import assemble, by_role
+from common.annotations.formats import voc
+from common.annotations.lists import assemble, by_role, list_reader
 from common.errors import UserError
 from common.files import walk
 
+HOLDS = "pictures and VOC's XML files, side by side or in folders of their own"
 
-class XmlFolder(record.LabelledFormat):
-    """ROOT/a.jpg and ROOT/a.xml, at any depth, or in folders of their own.
 
-    An annotation belongs to the picture of its name in the same folder; if that holds no pictures,
-    in the nearest one.
-    Folders called train, valid or val, and test, are lists.
+def recognises(root: Path) -> bool:
+    """Whether there is an XML file, and no VOC devkit."""
+    return not voc.recognises(root) and any(x.suffix.lower() == ".xml" for x in walk(root))
+
+
+def read(root: Path, choice: record.SetChoice) -> record.LabelledSet:
+    """Read and check the chosen lists; see `record.FORMATS`.
+
+    Classes are those that occur, sorted, unless the choice says them. Pictures without an
+    annotation are left out: nobody has labelled them yet.
     """
+    files, findings = FolderFiles(root, ".xml"), Findings(choice.max_left_out)
+    pairs: dict[str, tuple[PurePosixPath, voc.Parsed]] = {}
+    for path in files.annotations:
+        with findings.leaving_out(ANNOTATION):
+            parsed = voc.parse_annotation(root / path)
+            found = files.picture_of(path, parsed[1].findtext("filename") or "")
+            picture = _one(root / path, found)
+            if picture in pairs:
+                raise UserError(f"{root / path}: is of {picture}, as {pairs[picture][0]} is; "
+                                "keep one of them")  # fmt: skip
+            pairs[picture] = path, parsed
+    if num_without := len(files.pictures) - len(pairs):
+        findings.ignored[UNLABELLED] += num_without
+    names = {x: (*PurePosixPath(x).parts[:-1], *path.parts[:-1])
+             for x, (path, _) in sorted(pairs.items())}  # fmt: skip
+    lists = by_role(names, findings)
 
-    holds = "pictures and VOC's XML files, side by side or in folders of their own"
+    def read_picture(name: str) -> record.PictureRecord:
+        path, parsed = pairs[name]
+        reading = {"exif": choice.exif, "findings": findings}
+        return voc.read_objects(root / path, parsed, root / name, name, None, **reading)
 
-    @classmethod
-    def recognises(cls, root: Path) -> bool:
-        """Whether there is an XML file, and no VOC devkit."""
-        if Voc.recognises(root):
-            return False
-        return any(path.suffix.lower() == ".xml" for path in walk(root))
-
-    @classmethod
-    def read(cls, root: Path, choice: record.SetChoice) -> record.LabelledSet:
-        """Read and check the chosen lists; see `LabelledFormat.read`.
-
-        Classes are those that occur, sorted, unless the choice says them. Pictures without an
-        annotation are left out: nobody has labelled them yet.
-        """
-        files, findings = FolderFiles(root, ".xml"), Findings(choice.max_left_out)
-        pairs: dict[str, tuple[PurePosixPath, Parsed]] = {}
-        for path in files.annotations:
-            with findings.leaving_out(ANNOTATION):
-                parsed = parse_annotation(root / path)
-                found = files.picture_of(path, parsed[1].findtext("filename") or "")
-                picture = _one(root / path, found)
-                if picture in pairs:
-                    raise UserError(f"{root / path}: is of {picture}, as {pairs[picture][0]} is; "
-                                    "keep one of them")  # fmt: skip
-                pairs[picture] = path, parsed
-        if num_without := len(files.pictures) - len(pairs):
-            findings.ignored[UNLABELLED] += num_without
-        names = {x: (*PurePosixPath(x).parts[:-1], *path.parts[:-1])
-                 for x, (path, _) in sorted(pairs.items())}  # fmt: skip
-        lists = by_role(names, findings)
-
-        def load(name: str) -> record.LabelledSplit:
-            if name not in lists:
-                raise UserError(f"{root}: has no list {name!r}; it has {', '.join(lists)}")
-            pictures: list[record.PictureRecord] = []
-            for picture in lists[name]:
-                path, parsed = pairs[picture]
-                with findings.leaving_out(ANNOTATION):
-                    pictures.append(
-                        read_objects(root / path, parsed, root / picture, picture, None,
-                                     exif=choice.exif, findings=findings)
-                    )  # fmt: skip
-            return record.LabelledSplit(root, name, tuple(pictures))
-
-        return assemble(root, list(lists), load, choice, findings)
+    load = list_reader(root, lists, read_picture, findings)
+    return assemble(root, list(lists), load, choice, findings)
 
 
 def _one(annotation: Path, pictures: list[PurePosixPath]) -> str:

@@ -1,5 +1,9 @@
 """YOLO's layout: a text file of boxes for each picture, and a list of class names.
 
+ROOT/data.yaml or ROOT/classes.txt; ROOT/images/a.jpg and ROOT/labels/a.txt, or side by side. Lists
+are the entries train, val and test of data.yaml: a folder, a text file of paths, or several of
+these. Without them, text files of these names (CVAT), or folders.
+
 A line is a class number from 0 and centre and size of a box as shares of the picture; or a number
 and the corners of a polygon, whose box is taken. Shares are of the upright picture, as Ultralytics
 takes them.
@@ -14,7 +18,7 @@ from typing import Any
 
 from common.annotations import checks, record
 from common.annotations.files import FolderFiles
-from common.annotations.lists import assemble, by_role, role_of
+from common.annotations.lists import assemble, by_role, list_reader, role_of
 from common.config import read_yaml
 from common.errors import UserError
 from common.files import read_text, walk
@@ -29,88 +33,86 @@ ELSEWHERE = "text files in folders of which no picture has one: not used"
 NO_FILE = "pictures without a text file: taken as without objects"
 NO_LIST = "lists of data.yaml that are not there: left out"
 MOVED = "paths of another place: found below the folder"
+HOLDS = "YOLO's data.yaml, or classes.txt and a text file for each picture"
 
 
-class Yolo(record.LabelledFormat):
-    """ROOT/data.yaml or ROOT/classes.txt; ROOT/images/a.jpg and ROOT/labels/a.txt, or side by side.
+def recognises(root: Path) -> bool:
+    """Whether there is a YAML file with names, or a list of names and a text file of boxes."""
+    if _settings(root)[0] is not None:
+        return True
+    if not any(path.name in _NAME_FILES for path in walk(root)):
+        return False
+    files = FolderFiles(root, ".txt")
+    return any(files.picture_of(path) for path in files.annotations)
 
-    Lists are the entries train, val and test of data.yaml: a folder, a text file of paths, or
-    several of these. Without them, text files of these names (CVAT), or folders.
+
+def read(root: Path, choice: record.SetChoice) -> record.LabelledSet:
+    """Read and check the chosen lists; see `record.FORMATS`.
+
+    A picture without a text file, or with an empty one, has no objects.
     """
+    files, findings = FolderFiles(root, ".txt"), checks.Findings(choice.max_left_out)
+    path, content = _settings(root)
+    names = _class_names(files, path, content)
+    lists = _lists(files, path, content, findings)
+    has_keypoints = "kpt_shape" in content
+    texts = {picture: _text_file(root, picture) for picture in files.pictures}
+    _leave_out_orphans(files, list(filter(None, texts.values())), findings)
 
-    holds = "YOLO's data.yaml, or classes.txt and a text file for each picture"
+    def read_picture(picture: PurePosixPath) -> record.PictureRecord:
+        file, text_file = root / picture, texts[picture]
+        frame = checks.read_frame(file, None, choice.exif, text_file or file, findings)
+        if text_file is None:
+            findings.repairs[NO_FILE] += 1
+        width, height = frame.annotated_size
+        objects = []
+        for number, line in enumerate(read_text(text_file).split("\n") if text_file else (), 1):
+            if not line.strip():
+                continue
+            where = f"{text_file}, line {number}"
+            with findings.leaving_out(checks.OBJECT):
+                label, shares = _numbers(line, names, where, findings, has_keypoints=has_keypoints)
+                box = (shares[0] * width, shares[1] * height, shares[2] * width, shares[3] * height)
+                where += f" ({label}): {line.strip()!r:.80}"
+                box = checks.placed(_on_the_edge(box, width, height), frame, where, findings)
+                objects.append(record.ObjectRecord(label, box))
+        digest = hashlib.sha256(repr((str(picture), file.stat().st_size, objects)).encode())
+        return record.PictureRecord(
+            str(picture), file, frame.width, frame.height, tuple(objects), digest.hexdigest()
+        )
 
-    @classmethod
-    def recognises(cls, root: Path) -> bool:
-        """Whether there is a YAML file with names, or a list of names and a text file of boxes."""
-        if _yaml_file(root) is not None:
-            return True
-        if not any(path.name in _NAME_FILES for path in walk(root)):
-            return False
-        files = FolderFiles(root, ".txt")
-        return any(files.picture_of(path) for path in files.annotations)
-
-    @classmethod
-    def read(cls, root: Path, choice: record.SetChoice) -> record.LabelledSet:
-        """Read and check the chosen lists; see `LabelledFormat.read`.
-
-        A picture without a text file, or with an empty one, has no objects.
-        """
-        files, findings = FolderFiles(root, ".txt"), checks.Findings(choice.max_left_out)
-        path, content = _yaml_file(root), {}
-        if path is not None:
-            content = read_yaml(path)
-        names = _class_names(files, path, content)
-        lists = _lists(files, path, content, findings)
-        has_keypoints = "kpt_shape" in content
-        texts = {picture: _text_file(root, picture) for picture in files.pictures}
-        _leave_out_orphans(files, list(filter(None, texts.values())), findings)
-
-        def load(name: str) -> record.LabelledSplit:
-            if name not in lists:
-                raise UserError(f"{root}: has no list {name!r}; it has {', '.join(lists)}")
-            pictures = []
-            for picture in lists[name]:
-                with findings.leaving_out(checks.ANNOTATION):
-                    pictures.append(
-                        _read_picture(root, picture, texts[picture], names, choice.exif, findings,
-                                      has_keypoints=has_keypoints)
-                    )  # fmt: skip
-            return record.LabelledSplit(root, name, tuple(pictures))
-
-        return assemble(
-            root, list(lists), load, choice, findings,
-            stated=lambda: names, says_roles=path is not None,
-        )  # fmt: skip
+    load = list_reader(root, lists, read_picture, findings)
+    return assemble(
+        root, list(lists), load, choice, findings,
+        stated=lambda: names, says_roles=path is not None,
+    )  # fmt: skip
 
 
 # -- the set ---------------------------------------------------------------------------------------
 
 
-def _yaml_file(root: Path) -> Path | None:
-    """data.yaml or another YAML file in the folder that has `names`."""
+def _settings(root: Path) -> tuple[Path | None, dict[str, Any]]:
+    """data.yaml or another YAML file in the folder that has `names`, and what it holds."""
     paths = [*root.glob("*.yaml"), *root.glob("*.yml")]
     for path in sorted(paths, key=lambda path: (path.stem not in ("data", "dataset"), path.name)):
         try:
-            if "names" in read_yaml(path):
-                return path
+            content = read_yaml(path)
         except UserError:
             if path.stem == "data":
                 raise
-    return None
-
-
-def _names_files(files: FolderFiles) -> list[Path]:
-    """The lists of class names; that with which LabelImg starts counts if there is no other."""
-    listed = (*files.annotations, *files.others)
-    paths = [files.root / path for path in listed if path.name in _NAME_FILES]
-    return [path for path in paths if path.name != _STARTED_WITH] or paths
+            continue
+        if "names" in content:
+            return path, content
+    return None, {}
 
 
 def _class_names(files: FolderFiles, path: Path | None, content: dict[str, Any]) -> tuple[str, ...]:
     """Class names in the order of their numbers: a list, or a map from numbers."""
     if path is None:
-        paths = _names_files(files)
+        listed = (*files.annotations, *files.others)
+        paths = [files.root / x for x in listed if x.name in _NAME_FILES]
+        # That with which LabelImg starts counts if there is no other.
+        paths = [x for x in paths if x.name != _STARTED_WITH] or paths
         if not paths:
             raise UserError(f"{files.root}: has no data.yaml with names, nor classes.txt; add one")
         rows = [[x.strip() for x in read_text(one).split("\n") if x.strip()] for one in paths]
@@ -171,15 +173,18 @@ def _lists(
             if (root / place).is_dir():
                 parts = place.parts
                 rows |= dict.fromkeys(x for x in files.pictures if x.parts[: len(parts)] == parts)
-            else:
-                rows |= dict.fromkeys(_listed(root, place, bases, known, findings))
+                continue
+            # A text file names pictures, one a line; paths may begin at its own folder.
+            for line in filter(str.strip, read_text(root / place).split("\n")):
+                picture = _place(root, line, [place.parent, *bases], findings)
+                if picture in known:
+                    rows[picture] = None
+                else:
+                    message = f"{root / place}: no such picture, {line.strip()!r:.120}; add it"
+                    findings.leave_out(UserError(message), checks.PICTURE)
         if rows:
             found[name] = list(rows)
-    if not found:
-        names = {str(picture): picture.parts[:-1] for picture in files.pictures}
-        grouped = by_role(names, findings)
-        found = {name: list(map(PurePosixPath, grouped[name])) for name in grouped}
-    return found
+    return found or by_role({x: x.parts[:-1] for x in files.pictures}, findings)
 
 
 def _place(
@@ -205,27 +210,6 @@ def _place(
                 findings.repairs[MOVED] += 1
             return place
     return None
-
-
-def _listed(
-    root: Path,
-    file: PurePosixPath,
-    bases: Sequence[PurePosixPath],
-    known: set[PurePosixPath],
-    findings: checks.Findings,
-) -> list[PurePosixPath]:
-    """The pictures that a text file names, one a line; paths may begin at its own folder."""
-    found = []
-    for line in read_text(root / file).split("\n"):
-        if line.strip():
-            place = _place(root, line, [file.parent, *bases], findings)
-            if place in known:
-                found.append(place)
-            else:
-                name = line.strip()
-                message = f"{root / file}: no such picture, {name!r:.120}; add it"
-                findings.leave_out(checks.Unusable(checks.PICTURE, message), checks.PICTURE)
-    return found
 
 
 def _text_file(root: Path, picture: PurePosixPath) -> Path | None:
@@ -256,7 +240,7 @@ def _leave_out_orphans(files: FolderFiles, used: Sequence[Path], findings: check
                 f"{file}: its picture is not there, {path.stem}.jpg, .png or the like in images/ "
                 "for labels/, or beside it; add it"
             )
-            findings.leave_out(checks.Unusable(checks.PICTURE, message), checks.PICTURE)
+            findings.leave_out(UserError(message), checks.PICTURE)
 
 
 def _identity(file: Path) -> tuple[int, int]:
@@ -277,40 +261,6 @@ def _holds_boxes(file: Path) -> bool:
 # -- a picture -------------------------------------------------------------------------------------
 
 
-def _read_picture(
-    root: Path,
-    picture: PurePosixPath,
-    text_file: Path | None,
-    names: Sequence[str],
-    exif: str,
-    findings: checks.Findings,
-    *,
-    has_keypoints: bool,
-) -> record.PictureRecord:
-    """The boxes of a picture; see `Yolo`."""
-    file = root / picture
-    frame = checks.read_frame(file, None, exif, text_file or file, findings)
-    if text_file is None:
-        findings.repairs[NO_FILE] += 1
-    text = read_text(text_file) if text_file else ""
-    objects = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{text_file}, line {number}"
-        with findings.leaving_out(checks.OBJECT):
-            label, shares = _numbers(line, names, where, findings, has_keypoints=has_keypoints)
-            width, height = frame.annotated_size
-            box = (shares[0] * width, shares[1] * height, shares[2] * width, shares[3] * height)
-            where += f" ({label}): {line.strip()!r:.80}"
-            box = checks.placed(_on_the_edge(box, width, height), frame, where, findings)
-            objects.append(record.ObjectRecord(label, box))
-    digest = hashlib.sha256(repr((str(picture), file.stat().st_size, objects)).encode())
-    return record.PictureRecord(
-        str(picture), file, frame.width, frame.height, tuple(objects), digest.hexdigest()
-    )
-
-
 def _on_the_edge(box: record.Box, width: int, height: int) -> record.Box:
     """A box whose sides are off the picture's edge by less than the digits of a share give."""
     edges = (0.0, 0.0, float(width), float(height))
@@ -325,10 +275,7 @@ def _numbers(
     line: str, names: Sequence[str], where: str, findings: checks.Findings, *, has_keypoints: bool
 ) -> tuple[str, record.Box]:
     """Class name, and x0, y0, x1, y1 as shares of the picture."""
-    try:
-        label, *values = [math.nan if "_" in word else float(word) for word in line.split()]
-    except ValueError:
-        values, label = [], math.nan
+    label, *values = map(checks.written_number, line.split())
     if not all(map(math.isfinite, (label, *values))) or label != int(label):
         raise UserError(f"{where}: {line.strip()!r:.80}: give a class number and shares")
     if not 0 <= label < len(names):

@@ -14,6 +14,7 @@ from pretrain.data.augmentations.grey import GREY_MATRIX, to_grey
 from pretrain.data.augmentations.operation import Operation, Parameters, Step, change_where
 
 ORDERS = tuple(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
+_FACTORS = ("brightness", "contrast", "saturation")
 _LUMA = GREY_MATRIX[0].tolist()  # as the matrices have it, in single precision
 
 
@@ -39,7 +40,7 @@ class Jitter(Operation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("brightness", "contrast", "saturation"):
+        for name in _FACTORS:
             self.check(name, getattr(self, name), 0, np.inf)
         self.check("hue", self.hue, 0, 0.5)
 
@@ -56,12 +57,8 @@ class Jitter(Operation):
             "order": np.floor(order * len(ORDERS)),
             "hue": np.where(acts, (2.0 * hue - 1.0) * self.hue, 0.0),
         }
-        spreads = {
-            "brightness": self.brightness,
-            "contrast": self.contrast,
-            "saturation": self.saturation,
-        }
-        for (name, spread), uniform in zip(spreads.items(), factors, strict=True):
+        for name, uniform in zip(_FACTORS, factors, strict=True):
+            spread = getattr(self, name)
             low, high = max(0.0, 1.0 - spread), 1.0 + spread
             drawn[name] = np.where(acts, low + uniform * (high - low), 1.0)
         return {name: values.astype(np.float32) for name, values in drawn.items()}

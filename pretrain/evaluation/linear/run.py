@@ -14,19 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from common import checkpoints, provenance
+from common import checkpoints, files, provenance
 from common.config import to_plain
 from common.errors import UserError, no_such_file, require
-from common.files import (
-    LOCK,
-    NUMBER,
-    held,
-    read_record,
-    read_record_or_none,
-    read_text,
-    write_json,
-    write_text,
-)
 from pretrain import collectives as dist
 from pretrain.config import EngineConfig
 from pretrain.data.loader import Loader, ViewDataset
@@ -189,7 +179,7 @@ def listed(index: ShardIndex, path: Path) -> np.ndarray:
         UserError: File missing or empty, or a line that names no sample, or several.
     """
     require(path.is_file(), no_such_file(path, "give --subset-list a list", "file"))
-    lines = {line.strip() for line in read_text(path).split("\n")}
+    lines = {line.strip() for line in files.read_text(path).split("\n")}
     by_name: dict[str, list[int]] = {}
     for sample in range(index.num_samples):
         key = index.key_name(sample)
@@ -242,7 +232,7 @@ class Evaluation:
         out.mkdir(parents=True, exist_ok=True)
         self._lock = ExitStack()
         if dist.rank() == 0:
-            self._lock.enter_context(held(out / LOCK))
+            self._lock.enter_context(files.held(out / files.LOCK))
         dist.wait()  # no process looks at what is there before
         exists = [(out / name).exists() for name in (NAME, checkpoint.NAME)]
         require(
@@ -263,15 +253,15 @@ class Evaluation:
             "view": {k: v for k, v in self.backbone.view.items() if k != "precision"},
             "config": {k: v for k, v in to_plain(config).items() if k not in _NOT_COMPARED},
         }
-        self._finished = read_record_or_none(
-            out / NAME, {"identity": dict, "top1": (*NUMBER, type(None))}
+        self._finished = files.read_record_or_none(
+            out / NAME, {"identity": dict, "top1": (*files.NUMBER, type(None))}
         )
         if exists[0] and not self._finished and dist.rank() == 0:
             print(f"warning: {out / NAME} is damaged, and is made again", file=sys.stderr)
         if any(exists):
             remedy = f"remove {out} and start again"
             form = {"identity": dict}
-            known = self._finished or read_record(out / IDENTITY, form, remedy=remedy)
+            known = self._finished or files.read_record(out / IDENTITY, form, remedy=remedy)
             changes = [
                 line for line in different_keys(known["identity"], self.identity)
                 if not line.startswith("config.image_size:")  # of an earlier version
@@ -301,16 +291,16 @@ class Evaluation:
             if self._finished:
                 return self._finished if is_main else None
             if is_main:
-                write_json(out / IDENTITY, {"identity": self.identity})
+                files.write_json(out / IDENTITY, {"identity": self.identity})
                 if sets.chosen.num_samples < sets.train.num_samples:
                     names = map(sets.chosen.key_name, range(sets.chosen.num_samples))
-                    write_text(out / SUBSET, "".join(f"{name}\n" for name in names))
+                    files.write_text(out / SUBSET, "".join(f"{name}\n" for name in names))
             protocols = {"full": self._full, "cached": self._cached, "knn": self._knn}
             figures = protocols[self.config.protocol]()
             if figures is None:
                 return None
             result = json.loads(json.dumps(self._result(figures)))
-            write_json(out / NAME, result)
+            files.write_json(out / NAME, result)
             return result
 
     # -- the protocols: figures, or None in a process that the end does not need --
