@@ -423,7 +423,10 @@ def _counters(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
         value = state[name]
         is_one = isinstance(value, Tensor | np.ndarray) and _shape(value) in ((), (1,))
         count = value.item() if is_one else value
-        if not isinstance(count, int | np.integer) or not 0 <= count < 2**63:
+        is_whole = isinstance(count, int | np.integer) or (
+            isinstance(count, float | np.floating) and float(count).is_integer()  # averaged weights
+        )
+        if not is_whole or not 0 <= count < 2**63:
             raise UserError(f"{name} is {_kind(value)} {count!r:.40}, not a count of batches")
         counters[name] = torch.tensor(int(count))
     return counters

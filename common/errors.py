@@ -108,6 +108,8 @@ def no_such_file(path: str | Path, remedy: str, kind: str = "file or folder") ->
     path, there = Path(path), []
     with contextlib.suppress(OSError, ValueError):
         there = os.listdir(path.parent)
+    if path.name in there:
+        return f"{path}: a link to a {kind} that is not there; mend or remove it"
     near = difflib.get_close_matches(path.name, there, n=1)
     remedy = f"did you mean {path.parent / near[0]}?" if near else remedy
     return f"{path}: no such {kind}; {remedy}"
@@ -140,6 +142,7 @@ def describe_os_error(error: OSError) -> str:
 _NO_MEMORY = (
     "DefaultCPUAllocator", "is killed by signal: Killed", "is killed by signal: Bus error",
 )  # fmt: skip
+_WORKER_DIED = "is killed by signal"
 
 
 @contextlib.contextmanager
@@ -160,6 +163,11 @@ def memory_remedy(remedy: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         details = " ".join(str(error).split())
         is_known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if _WORKER_DIED in details and not any(text in details for text in _NO_MEMORY):
+            raise RunFailed(
+                f"a process that reads pictures died ({details[:200]}); go on with --resume; if it "
+                "dies again, without such processes (num_workers=0) the error shows"
+            ) from error
         if not is_known and not any(text in details for text in _NO_MEMORY):
             raise
         raise RunFailed(f"out of memory ({details[:200] or 'no details'}); {remedy}") from error

@@ -25,7 +25,14 @@ from pathlib import Path
 from common import errors
 from common.files import check_out_folder, write_json
 from pipeline.datasets.importers import open_source
-from pretrain.data.pack import Cluster, ShardOptions, SourcePicture, WriteReport, write_shards
+from pretrain.data.pack import (
+    Cluster,
+    ShardOptions,
+    SourcePicture,
+    WriteReport,
+    make_plan,
+    write_shards,
+)  # fmt: skip
 from pretrain.data.shard_info import format_info, gather_info, verify_shards
 from pretrain.data.shards import ShardIndex
 
@@ -127,7 +134,7 @@ def pack(options: argparse.Namespace, num_workers: int) -> None:
     chosen = [SourcePicture(*one) for one in source.pictures if is_in_part(one[1], options.part)]
     errors.require(len(chosen) > 0, f"--part {options.part}: holds no picture of {options.source}")
     if options.check:
-        num_bytes = sum(os.path.getsize(picture.path) for picture in chosen)
+        num_bytes = sum(plan.estimated_bytes for plan in make_plan(chosen, shard_options))
         facts = {"num_pictures": len(chosen), "disk_bytes": num_bytes}
         errors.print_check(facts, as_json=options.json is not None)
         return

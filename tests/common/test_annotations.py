@@ -278,6 +278,9 @@ def test_coco_keeps_floats_areas_and_crowds(tmp_path):
                                ([40.5, 0, 9, 9], "lies outside the picture of 40 x 30"),
                                ([-9, 0, 9, 9], "lies outside"), ([1e308] * 4, "lies outside"),
                                ([3, 3, 0, 9], "is empty; remove")]),
+        ({"annotations": [{"id": 1, "image_id": 7, "category_id": 9,
+                           "segmentation": {"size": [30, 40], "counts": [0, 9, 1191]}}]},
+         r"annotation 1: bbox None: give .*; boxes of run-length masks: pycocotools"),
         *(({"annotations": [{"id": 1, "image_id": image, "category_id": category,
                              "bbox": [0, 0, 1, 1], **more}]}, message)
           for image, category, more, message in [

@@ -256,6 +256,14 @@ def test_what_is_no_complete_plain_resnet_is_refused(alter, reason, tmp_path):
         read_backbone(save(state, tmp_path / "a.pth"))
 
 
+@pytest.mark.parametrize("counter", [torch.tensor(7.0), np.float32(7), 7.0])
+def test_counters_of_averaged_weights_are_floats(counter, tmp_path):
+    state: dict[str, Any] = torchvision_state()
+    state["bn1.num_batches_tracked"] = counter
+    source = read_backbone(save(state, tmp_path / "a.pth"))
+    assert source.counters["bn1.num_batches_tracked"] == 7
+
+
 def test_our_checkpoint_and_its_architecture_must_belong_together(tmp_path: Path) -> None:
     state, path = torchvision_state(), tmp_path / "a.pth"
     for changes, reason in (

@@ -97,6 +97,7 @@ def test_lines_of_yolo(yolo: Path, text: str, box: tuple, note: str | None) -> N
         ("0.5 0.5 0.5 0.1 0.1", "give a class number and shares"),
         ("0 64 48 20 20", "lies outside the picture of 128 x 96"),
         ("0 1.5 0.5 0.1 0.1", "lies outside the picture"),
+        ("0 0.5 0.5 0.4 0.4 0.45 0.45 2 0.5 0.5 1", "2 is no share; key points need kpt_shape"),
         ("0 0.1 0.1 0.2 0.2 0.3 0.3 0.4", "7 numbers; give a box, or pairs of a polygon"),
     ],
 )

@@ -168,6 +168,23 @@ def test_sources_that_cannot_be_used(devkit: Path, source, options, message) -> 
         open_source(root / source, **options)
 
 
+def test_the_check_counts_the_bytes_of_shrunk_pictures_and_passes_over_broken_links(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for number in range(20):
+        jpeg(tmp_path / f"in/{number:02d}.jpg", number, 480, 640)
+    (tmp_path / "in/broken.jpg").symlink_to("nowhere.jpg")
+    words = [str(tmp_path / "in"), str(tmp_path / "out"), "--max-bad", "1", "--num-workers", "0"]
+    planned = []
+    for options in ([], ["--resize-short", "32"]):
+        assert make_shards.main([*words, *options, "--check", "--json"]) == 0
+        planned.append(json.loads(capsys.readouterr().out)["disk_bytes"])
+    assert make_shards.main([*words, "--resize-short", "32"]) == 0
+    (tar,) = (tmp_path / "out").glob("*.tar")
+    assert 0.7 < planned[1] / tar.stat().st_size < 2
+    assert planned[0] > 2 * planned[1]
+
+
 def test_parts_hold_each_picture_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for number in range(40):
         jpeg(tmp_path / f"in/{number:02d}.jpg", number)

@@ -274,7 +274,9 @@ def _object(
     values = [checks.number(value) for value in bbox] if isinstance(bbox, list) else []
     where += f": bbox {bbox!r:.120}"
     if len(values) != 4 or not all(map(math.isfinite, values)) or min(values[2:]) < 0:
-        raise UserError(f"{where}: give x, y, width >= 0, height >= 0")
+        is_mask = not bbox and isinstance(row.get("segmentation"), dict)
+        more = "; boxes of run-length masks: pycocotools.mask.toBbox gives them" if is_mask else ""
+        raise UserError(f"{where}: give x, y, width >= 0, height >= 0{more}")
     if area is not None and not 0 <= checks.number(area) <= _MAX_AREA:
         raise UserError(f"{where}: area {area!r:.60}: give square pixels, or leave it out")
     if row.get("iscrowd") not in (None, 0, 1):

@@ -29,6 +29,8 @@ _LISTS = ("train", "val", "valid", "test")
 _LINE = re.compile(r"\s*\d+(\.0*)?(\s+[-+.e\d]+){4,}\s*", re.IGNORECASE)
 SCORES = "boxes with a score: the score is not used"
 KEYPOINTS = "objects with key points: these are not used"
+POLYGONS = f"{checks.POLYGONS} (key points need kpt_shape in data.yaml)"
+_FAR = 1.5  # a corner may reach out of the picture; shares beyond this are no corners
 ELSEWHERE = "text files in folders of which no picture has one: not used"
 NO_FILE = "pictures without a text file: taken as without objects"
 NO_LIST = "lists of data.yaml that are not there: left out"
@@ -286,7 +288,10 @@ def _numbers(
     if len(values) > 5 and not has_keypoints:
         if len(values) % 2:
             raise UserError(f"{where}: {len(values)} numbers; give a box, or pairs of a polygon")
-        findings.repairs[checks.POLYGONS] += 1
+        if max(values) > _FAR:
+            remedy = "key points need kpt_shape in data.yaml, corners of a polygon are shares"
+            raise UserError(f"{where}: {max(values):g} is no share; {remedy}")
+        findings.repairs[POLYGONS] += 1
         x, y = values[::2], values[1::2]
         box = (min(x), min(y), max(x), max(y))
     elif len(values) < 4:

@@ -112,6 +112,14 @@ def test_out_of_memory_says_what_to_change(kind):
         raise OUT_OF_MEMORY[kind]()
 
 
+def test_a_reader_that_died_otherwise_is_told_in_one_line():
+    with (
+        pytest.raises(RunFailed, match=r"died \(DataLoader .*Hangup\.\); go on with --resume"),
+        memory_remedy("lower it"),
+    ):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Hangup. ")
+
+
 def test_other_errors_are_no_lack_of_memory():
     with pytest.raises(RuntimeError, match=r"^shape"), memory_remedy("lower it"):
         raise RuntimeError("shape mismatch")
