@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -397,10 +398,11 @@ def prepare(
 
     if file.is_file():
         text = read_text(file)
+        again = shlex.join(["bash", "tools/run_pipeline.sh", str(file), "--out", str(out)])
         require(
             text.startswith(header),
-            f"{file}: was made from other folders or another budget; go on with `bash "
-            f"tools/run_pipeline.sh {file} --out {out}`, or choose another --out",
+            f"{file}: was made from other folders or another budget; go on with `{again}` (where a "
+            "folder has moved, change its path in that file), or choose another --out",
         )
         say(f"settings: {file}, as it stands")
         new = changed(text)

@@ -147,6 +147,20 @@ def input_digest(path: Path) -> str | None:
     return total.hexdigest()
 
 
+def without_places(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts with the digests of inputs instead of their paths: a moved input is the same."""
+    known = {path: value for path, value in parts.get("files", {}).items() if value}
+
+    def placeless(word: str) -> str:
+        for path in sorted(known, key=len, reverse=True):
+            word = word.replace(path, known[path])
+        return word
+
+    files = sorted(known.get(path, path) for path in parts.get("files", {}))
+    command = [placeless(word) for word in parts.get("command", ())]
+    return {**parts, "command": command, "files": files}
+
+
 def explain(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Say what differs between the parts of two keys: at most three settings, inputs, libraries."""
     before, after = dotted(old), dotted(new)

@@ -25,7 +25,15 @@ from common import provenance
 from common.errors import RunFailed, StoppedBySignal, UserError, duration
 from common.files import LOCK, check_out_folder, held, inside, is_whole, remove
 from pipeline.jobs import ClusterJob, CommandJob, Finished, LocalJob, SlurmSettings, last_line
-from pipeline.plan import Stage, StageStore, digest, explain, input_digest, now
+from pipeline.plan import (
+    Stage,
+    StageStore,
+    digest,
+    explain,
+    input_digest,
+    now,
+    without_places,
+)  # fmt: skip
 
 SAVE_SECONDS = 20.0  # before the end of a call that is limited, stages are asked to save
 GRACE_SECONDS = 30.0
@@ -320,8 +328,9 @@ class Runner:
                         f"(stage {stage.name}); move it away or choose another --out"
                     )
             return Decision("run", "first run", parts)
-        if record.get("key") != digest(parts):
-            return Decision("run", explain(record.get("parts") or {}, parts), parts)
+        before = record.get("parts") or {}
+        if record.get("key") != digest(parts) and without_places(before) != without_places(parts):
+            return Decision("run", explain(before, parts), parts)
         if stage.name in self._again:
             return Decision("run", "asked for", parts)
         if record["status"] == "finished":

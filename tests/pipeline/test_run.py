@@ -131,6 +131,15 @@ def test_changed_input_runs_everything_behind_it(world):
     assert (world.out / "second/a.txt").read_text() == "two"
 
 
+def test_an_input_that_was_moved_changes_nothing(world):
+    world.run()
+    world.input = world.input.rename(world.input.with_name("moved.txt"))
+    world.run()
+    assert world.counted() == (1, 1)
+    world.input.write_text("two")
+    assert "moved.txt" in world.reasons()["first"][1]
+
+
 def test_a_stage_that_makes_the_same_again_changes_nothing_behind_it(world):
     world.run()
     world.input.write_text("one\n")  # The copy strips it.
