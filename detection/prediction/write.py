@@ -12,15 +12,15 @@ from typing import Any
 from common.annotations.record import ObjectRecord, PictureRecord
 from common.annotations.write import WRITERS, upright_copy
 from common.drawing import draw_boxes
-from common.errors import UserError
-from common.files import LOCK, held, read_json_or_none, remove, write_bytes, write_json
+from common.errors import require
+from common.files import LOCK, held, read_json_or_none, remove, write_json
 from detection.predict import Prediction
 from detection.prediction.sources import OpenedPicture, name_of
 
 FORMATS = ("json", "voc", "coco", "yolo")
 _LIST = "default"
-_RESULT, _STARTED = "predictions.json", ".unfinished"
-_OWN = ("pictures", "voc", "coco", "yolo", _RESULT)
+_RESULT, _UNFINISHED = "predictions.json", ".unfinished"
+_FOLDERS = ("pictures", "voc", "coco", "yolo")
 _DRAWN_QUALITY = 90
 
 
@@ -28,13 +28,14 @@ class PredictionWriter:
     """Writes the predictions of one picture after another; `finish` makes the lists."""
 
     def __init__(self, out: Path, formats: Sequence[str], classes: Sequence[str]) -> None:
-        """Into a folder that is `prepared`."""
+        """For a folder that is `prepared`; what is there stays until `finish`."""
         self.out, self.formats, self.classes = out, formats, classes
+        self._made = out / _UNFINISHED
         self._taken: set[str] = set()
         self._rows: list[dict[str, Any]] = []
-        (out / "pictures").mkdir()
+        (self._made / "pictures").mkdir(parents=True)
         sets = [name for name in formats if name in WRITERS]
-        self._writers = [WRITERS[name](out / name, classes) for name in sets]
+        self._writers = [WRITERS[name](self._made / name, classes) for name in sets]
 
     def add(self, picture: OpenedPicture, found: Sequence[Prediction]) -> None:
         """Draw and write one picture."""
@@ -42,7 +43,7 @@ class PredictionWriter:
         height, width = picture.pixels.shape[:2]
         drawn = f"pictures/{name}.jpg"
         image = draw_boxes(picture.pixels, found, self.classes)
-        image.save(self.out / drawn, quality=_DRAWN_QUALITY)
+        image.save(self._made / drawn, quality=_DRAWN_QUALITY)
         row: dict[str, Any] = {"file": str(picture.path), "width": width, "height": height}
         if picture.frame is not None:
             row["frame"] = picture.frame
@@ -58,35 +59,37 @@ class PredictionWriter:
             writer.add(_LIST, f"{name}{suffix}", data, record)
 
     def finish(self) -> None:
-        """Write the lists, last predictions.json: its presence says that all is there."""
+        """Put all in place of older results, last predictions.json: if it is there, all is."""
         for writer in self._writers:
             writer.finish()
-        write_json(self.out / _RESULT, self._rows)
-        (self.out / _STARTED).unlink()
+        write_json(self._made / _RESULT, self._rows)
+        for name in (_RESULT, *_FOLDERS):
+            remove(self.out, name)
+        for name in (*_FOLDERS, _RESULT):
+            if (self._made / name).exists():
+                (self._made / name).rename(self.out / name)
 
 
 @contextmanager
 def prepared(out: Path, *, overwrite: bool) -> Iterator[None]:
-    """Hold the folder of the results: made, or emptied of older ones and of those of a killed run.
+    """Hold the folder of the results, freed of what a killed run has left.
 
     Raises:
         UserError: If something else has their names, older results may not be replaced, or another
             process is at work there.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; give a folder")
+    require(out.is_dir() or not out.exists(), f"--out {out}: is a file; give a folder")
     out.mkdir(parents=True, exist_ok=True)
     with held(out / LOCK):
-        there = [name for name in _OWN if (out / name).exists()]
-        is_killed = (out / _STARTED).is_file()
-        if there and not is_killed:
-            if not isinstance(read_json_or_none(out / _RESULT), list):
-                raise UserError(f"--out {out}: has a {there[0]} of another program; choose another")
-            if not overwrite:
-                raise UserError(
-                    f"--out {out}: holds predictions; choose another, or give --overwrite"
-                )
-        write_bytes(out / _STARTED, b"")
-        for name in there:
-            remove(out, name)
-        yield
+        there = [name for name in (_RESULT, *_FOLDERS) if (out / name).exists()]
+        is_ours = isinstance(read_json_or_none(out / _RESULT), list)
+        is_killed = (out / _UNFINISHED).exists()
+        text = f"--out {out}: has a {(there or [''])[0]} of another program; choose another"
+        require(is_ours or is_killed or not there, text)
+        text = f"--out {out}: holds predictions; choose another, or give --overwrite"
+        require(overwrite or not is_ours, text)
+        remove(out, _UNFINISHED)
+        try:
+            yield
+        finally:
+            remove(out, _UNFINISHED)

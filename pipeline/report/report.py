@@ -313,6 +313,14 @@ def skipped_items(
 # -- the page -------------------------------------------------------------------------------------
 
 
+def dataset_folder(out: Path, run: Mapping[str, Any]) -> Path:
+    """The labelled set of the first seed: as it lay to the run's folder, else where it lay."""
+    folder, stated = out / (run.get("dataset") or "data"), run.get("config", {}).get("data")
+    if not folder.is_dir() and has_form(stated, {"dataset": str}):
+        return Path(stated["dataset"])
+    return folder
+
+
 def context(out: Path) -> dict[str, Any]:
     """Everything that the template shows of a run."""
     run, found = read_run(out), results.assemble(out)
@@ -328,7 +336,10 @@ def context(out: Path) -> dict[str, Any]:
         by_kind[item.kind].append(item)
     conversions = [name for name in found["stages"] if name.partition("/")[0] == "convert"]
     stages = stage_rows(run)
-    album, dataset = Album(), out / (run.get("dataset") or "data")
+    album, dataset = Album(), dataset_folder(out, run)
+    if arms and not dataset.is_dir():
+        text = "no such folder, so no picture of it is shown; bring it back, make the page again"
+        by_kind["noted"].append(Item("noted", "report", str(dataset), text))
     shown = pictures.detection_pictures(arms, dataset, album)
     findings, question = results.findings(found), found.get("question")
     if question:  # the first comparison answers it, a table shows the others

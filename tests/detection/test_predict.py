@@ -343,8 +343,10 @@ def test_frames_of_a_video_are_pictures(predict, tmp_path, capsys):
     assert frame.mean((0, 1))[::-1] == pytest.approx([0, 0, 200], abs=6)
     content = renamed.read_bytes()
     renamed.write_bytes(content[: len(content) // 3])
+    before = sorted((tmp_path / "out").rglob("*"))
     predict(renamed, "--overwrite", status=2)
     assert "frames decode; repair it" in capsys.readouterr().err
+    assert sorted((tmp_path / "out").rglob("*")) == before, "an error replaces nothing"
 
 
 def test_formats_are_read_back_with_the_same_boxes(predict: Callable, tmp_path: Path) -> None:

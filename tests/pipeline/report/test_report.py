@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -398,6 +399,24 @@ def test_any_file_that_is_missing_or_of_another_form_leaves_a_page(
     for path in [path for pattern in patterns for path in run.glob(pattern) if path.is_file()]:
         path.unlink() if content is None else path.write_text(content)
     assert "What ran" in Page(report.render(run)).text
+
+
+@pytest.mark.usefixtures("_no_charts")
+def test_pictures_of_a_set_elsewhere_are_found_from_a_moved_run_or_missed_aloud(
+    run_folder, tmp_path
+):
+    run, labels = tmp_path / "deep/er/run", tmp_path / "labels"
+    shutil.copytree(run_folder, run)
+    (run / "data").rename(labels)
+    change(run / "experiment.json", dataset="../../labels",
+           config={"data": {"dataset": str(labels)}})  # fmt: skip
+    found, before = (Page(report.render(folder)) for folder in (run, run_folder))
+    assert found.source.count("<image ") == before.source.count("<image ") > 0
+    assert "no such folder" not in found.text
+    labels.rename(tmp_path / "moved")
+    missed = Page(report.render(run))
+    assert missed.source.count("<image ") == 0
+    assert f"{labels} no such folder, so no picture of it is shown" in missed.text
 
 
 def test_one_seed_nothing_at_all_and_no_run(tmp_path, capsys):
