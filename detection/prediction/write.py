@@ -12,7 +12,7 @@ from typing import Any
 from common.annotations.record import ObjectRecord, PictureRecord
 from common.annotations.write import WRITERS, upright_copy
 from common.drawing import draw_boxes
-from common.errors import UserError
+from common.errors import require
 from common.files import LOCK, held, read_json_or_none, remove, write_bytes, write_json
 from detection.predict import Prediction
 from detection.prediction.sources import OpenedPicture, name_of
@@ -73,19 +73,16 @@ def prepared(out: Path, *, overwrite: bool) -> Iterator[None]:
         UserError: If something else has their names, older results may not be replaced, or another
             process is at work there.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; give a folder")
+    require(out.is_dir() or not out.exists(), f"--out {out}: is a file; give a folder")
     out.mkdir(parents=True, exist_ok=True)
     with held(out / LOCK):
         there = [name for name in _OWN if (out / name).exists()]
         is_killed = (out / _STARTED).is_file()
         if there and not is_killed:
-            if not isinstance(read_json_or_none(out / _RESULT), list):
-                raise UserError(f"--out {out}: has a {there[0]} of another program; choose another")
-            if not overwrite:
-                raise UserError(
-                    f"--out {out}: holds predictions; choose another, or give --overwrite"
-                )
+            is_ours = isinstance(read_json_or_none(out / _RESULT), list)
+            require(is_ours, f"--out {out}: has a {there[0]} of another program; choose another")
+            text = f"--out {out}: holds predictions; choose another, or give --overwrite"
+            require(overwrite, text)
         write_bytes(out / _STARTED, b"")
         for name in there:
             remove(out, name)
