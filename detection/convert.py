@@ -29,7 +29,7 @@ from detectron2.modeling.backbone.resnet import build_resnet_backbone
 from torch import Tensor, nn
 
 from common import backbone, checkpoints, files, provenance
-from common.errors import UserError
+from common.errors import UserError, require
 from common.network import ResNet
 from common.resnet import COUNTER, D2_CARD, TORCHVISION_CARD, Arch, detectron2_name
 from detection.training import weights
@@ -159,8 +159,7 @@ def verify(
     report: dict[str, Any] = {"same": False, "refused": None, "tolerance": tolerance}
     sources: list[backbone.BackboneCheckpoint] = []
     for name, path, layout, branch in zip("ab", (first, second), layouts, branches, strict=True):
-        if not path.is_file():
-            raise UserError(f"{path}: no such checkpoint")
+        require(path.is_file(), f"{path}: no such checkpoint")
         try:
             source = backbone.read_backbone(path, layout=layout, branch=branch, assume=True)
         except UserError as error:
@@ -336,8 +335,7 @@ def convert(
 def _check_out(source: backbone.BackboneCheckpoint, out: Path, to: str) -> None:
     """Refuse a name that says something else, and one that would destroy something."""
     endings = _ENDINGS[to]
-    if out.suffix not in endings:
-        raise UserError(f"{out}: end the name in {' or '.join(endings)}")
+    require(out.suffix in endings, f"{out}: end the name in {' or '.join(endings)}")
     if out.resolve() == source.path.resolve():
         raise UserError(f"{out}: is the checkpoint itself; choose another name")
     card, text = out.with_suffix(".json"), out.with_suffix(".md")

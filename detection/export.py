@@ -26,7 +26,7 @@ from tqdm import tqdm
 from common import provenance
 from common.backbone import BackboneCheckpoint
 from common.errors import UserError
-from common.files import read_json_or_none, write_bytes, write_json, write_text
+from common.files import read_record_or_none, write_bytes, write_json, write_text
 from common.network import ResNet
 from detection.convert import comparison_picture
 from detection.predict import Detector
@@ -145,14 +145,10 @@ def export_detector(
             f"the detector finds nothing on the {len(images)} pictures, so that nothing can be "
             "compared; give some with its objects by --pictures; nothing was written"
         )
-    check_difference(worst, out)
-    write_bytes(out, data)
-    if config is not None:
-        write_text(out.with_suffix(".yaml"), config)
     cfg = detector.cfg
     sizes = {"min": cfg.INPUT.MIN_SIZE_TEST, "max": cfg.INPUT.MAX_SIZE_TEST}
-    return _write_card(
-        out, to, worst, len(images),
+    return _write(
+        out, to, data, worst, len(images), config,
         classes=list(detector.classes),
         input={"image": "float32 (3, h, w), 0..255", "order": cfg.INPUT.FORMAT, "resize": sizes},
         output={"boxes": "(n, 4) x0, y0, x1, y1 in pixels of the input", "scores": "(n,)",
@@ -177,10 +173,8 @@ def export_backbone(source: BackboneCheckpoint, out: Path, to: str) -> dict[str,
         for example in tqdm((*examples, pairs), "comparing", unit=" pictures", disable=None):
             for own, other in zip(network(example), run(example), strict=True):
                 worst = max(worst, float((own - other).abs().max() / own.abs().max()))
-    check_difference(worst, out)
-    write_bytes(out, data)
-    return _write_card(
-        out, to, worst, len(examples) + 1,
+    return _write(
+        out, to, data, worst, len(examples) + 1,
         input={"image": "float32 (n, 3, h, w), RGB, 0..1; it is normalised inside"},
         output={"features": "(n, c), the mean of res5", "res5": "(n, c, h / 32, w / 32)"},
     )  # fmt: skip
@@ -250,19 +244,6 @@ def difference(own: Sequence[Tensor], other: Sequence[Tensor], lowest_score: flo
     return worst if all(rows[1][place, 4] < near_threshold for place in free) else float("inf")
 
 
-def check_difference(worst: float, out: Path) -> None:
-    """Refuse a form that computes something else.
-
-    Raises:
-        UserError: If the largest difference is above TOLERANCE, or no number.
-    """
-    if not worst <= TOLERANCE:
-        raise UserError(
-            f"{out}: this form's results differ by {worst:.1e} (allowed {TOLERANCE:.0e}); nothing "
-            "was written; use another form"
-        )
-
-
 def check_out(out: Path, to: str) -> None:
     """Refuse a name that says another form, and one whose card would replace another file's.
 
@@ -271,18 +252,26 @@ def check_out(out: Path, to: str) -> None:
     """
     if out.suffix not in ENDINGS[to]:
         raise UserError(f"{out}: for --to {to} end the name in {' or '.join(ENDINGS[to])}")
-    beside = [".json"] + [".yaml"] * (to == "detectron2")
-    card = read_json_or_none(out.with_suffix(".json"))
-    if isinstance(card, dict) and card.get("format") == CARD and card.get("file") == out.name:
-        return  # made anew
-    for file in map(out.with_suffix, beside):
-        if file.exists():
+    card = read_record_or_none(out.with_suffix(".json")) or {}
+    is_own = card.get("format") == CARD and card.get("file") == out.name  # it is made anew
+    for file in map(out.with_suffix, [".json"] + [".yaml"] * (to == "detectron2")):
+        if file.exists() and not is_own:
             raise UserError(f"{out}: {file.name} exists and is not of it; choose another name")
 
 
-def _write_card(
-    out: Path, to: str, worst: float, num_pictures: int, **facts: Any
-) -> dict[str, Any]:
+def _write(
+    out: Path, to: str, data: bytes, worst: float, num_pictures: int, config: str | None = None,
+    **facts: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Write a form, its config and its card, unless it computes something else."""
+    if not worst <= TOLERANCE:
+        raise UserError(
+            f"{out}: this form's results differ by {worst:.1e} (allowed {TOLERANCE:.0e}); nothing "
+            "was written; use another form"
+        )
+    write_bytes(out, data)
+    if config is not None:
+        write_text(out.with_suffix(".yaml"), config)
     card = {"format": CARD, "file": out.name, "to": to, **facts}
     card |= {"largest_difference": worst, "num_pictures": num_pictures}
     card["versions"] = provenance.versions()

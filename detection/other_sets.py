@@ -16,7 +16,7 @@ import torch
 
 from common import provenance
 from common.annotations.record import SetChoice, read_set
-from common.errors import UserError
+from common.errors import UserError, require
 from common.files import LOCK, held, sha256_of, write_json
 from common.picture_draws import METRICS, draw_pictures, intervals, read_draws, write_draws
 from common.threads import choose_threads
@@ -91,8 +91,8 @@ def _evaluate_seeds(
             raise UserError(f"{folder / 'result.json'}: is damaged; {_REPEAT}")
         results.append(result)
     classes = results[0]["classes"]
-    if any(result["classes"] != classes for result in results):
-        raise UserError(f"{out}: its seeds have different classes; give --seeds")
+    is_same = all(result["classes"] == classes for result in results)
+    require(is_same, f"{out}: its seeds have different classes; give --seeds")
     data = read_set(root, replace(choice, classes=tuple(classes), test_only=True))
     trained_year = results[0].get("metric_year")
     if choice.metric_year is None and None not in (data.metric_year, trained_year):
@@ -167,13 +167,11 @@ def result_name(root: Path, split: str | None) -> str:
 
 def _seeds_to_evaluate(out: Path, seeds: Sequence[int] | None) -> list[Path]:
     """Folders of the seeds to evaluate, all of them finished."""
-    if not out.is_dir():
-        raise UserError(f"{out}: no such folder; --out must hold trained seeds (seed-0, ..)")
+    require(out.is_dir(), f"{out}: no such folder; --out must hold trained seeds (seed-0, ..)")
     folders = finished_seeds(out) if seeds is None else [out / f"seed-{seed}" for seed in seeds]
-    if not folders:
-        raise UserError(f"{out}: holds no finished seed (seed-N/result.json); {_REPEAT}")
+    require(bool(folders), f"{out}: holds no finished seed (seed-N/result.json); {_REPEAT}")
     for folder in folders:
         for needed in ("result.json", MODEL_FILE):
-            if not (folder / needed).is_file():
-                raise UserError(f"{folder}: is not finished, {needed} is missing; {_REPEAT}")
+            is_there = (folder / needed).is_file()
+            require(is_there, f"{folder}: is not finished, {needed} is missing; {_REPEAT}")
     return folders

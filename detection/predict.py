@@ -36,6 +36,7 @@ from detection.training.data import BoxMapper
 # pyright: reportCallIssue=false
 MODEL_FILE = "model_final.pth"
 Pixels = np.ndarray  # uint8 [height, width, 3], RGB, upright
+Picture = Pixels | str | Path  # or its file
 _TRAIN = "train it with tools/train_voc.sh, or give another RUN"
 
 
@@ -110,23 +111,16 @@ class Detector:
 
     @overload
     def __call__(
-        self, given: Pixels | str | Path, *, score: float = 0.5, batch_size: int | None = None
+        self, given: Picture, *, score: float = 0.5, batch_size: int | None = None
     ) -> list[Prediction]: ...
     @overload
     def __call__(
-        self,
-        given: Sequence[Pixels | str | Path],
-        *,
-        score: float = 0.5,
-        batch_size: int | None = None,
+        self, given: Sequence[Picture], *, score: float = 0.5, batch_size: int | None = None
     ) -> list[list[Prediction]]: ...
     def __call__(
-        self,
-        given: Pixels | str | Path | Sequence[Pixels | str | Path],
-        *,
-        score: float = 0.5,
+        self, given: Picture | Sequence[Picture], *, score: float = 0.5,
         batch_size: int | None = None,
-    ) -> list[Prediction] | list[list[Prediction]]:
+    ) -> list[Prediction] | list[list[Prediction]]:  # fmt: skip
         """Detect objects.
 
         Args:

@@ -66,21 +66,17 @@ def add_run_options(main_parser: argparse.ArgumentParser, max_failures: int) -> 
     add_slurm_option(group)
 
 
-def limits_of(options: argparse.Namespace, **defaults: Any) -> Limits:
-    """The limits that the command line asks for; `defaults` hold where it says nothing.
+def limits_of(
+    options: argparse.Namespace, *, parallel: int = 1, threads: int | None = None, gpus: int = 0,
+    minutes: float | None = None,
+) -> Limits:  # fmt: skip
+    """The limits that the command line asks for; the other arguments hold where it says nothing.
 
     Raises:
         UserError: For a number that cannot be.
     """
-    given = {
-        "parallel": options.parallel,
-        "threads": options.cpus_per_run,
-        "minutes": options.max_minutes,
-        "gpus": options.gpus_per_run,
-    }
-    chosen = {"gpus": 0, "minutes": None} | defaults
-    chosen |= {key: value for key, value in given.items() if value is not None}
-    minutes, gpus = chosen["minutes"], chosen.pop("gpus")
+    minutes = minutes if options.max_minutes is None else options.max_minutes
+    gpus = gpus if options.gpus_per_run is None else options.gpus_per_run
     require(
         minutes is None or 60 * minutes > SAVE_SECONDS,
         f"--max-minutes {minutes or 0:g}: the last {SAVE_SECONDS:g} s are for saving; give more",
@@ -90,8 +86,9 @@ def limits_of(options: argparse.Namespace, **defaults: Any) -> Limits:
         cpus, further = options.cpus_per_run or 1, tuple(options.slurm_option)
         cluster = SlurmSettings(gpus, cpus, options.time_minutes, options.partition, further)
     return Limits(
-        **chosen, rerun=tuple(options.rerun), max_failures=options.max_failures, cluster=cluster
-    )
+        options.parallel or parallel, options.cpus_per_run or threads, options.max_failures,
+        tuple(options.rerun), minutes, cluster,
+    )  # fmt: skip
 
 
 # -- checks before the first stage ----------------------------------------------------------------
@@ -154,8 +151,7 @@ def check(
             told["num_samples"] = told["num_samples"] or round(pool * stage.config["pool"])
             told["seconds"] = told["epochs"] * told["num_samples"] * told["seconds_per_sample"]
     faults += _contradictions(config, stages, facts, out)
-    if faults:
-        raise UserError("nothing was started:\n  " + "\n  ".join(dict.fromkeys(faults)))
+    require(not faults, "nothing was started:\n  " + "\n  ".join(dict.fromkeys(faults)))
     if out.is_dir():
         write_json(out / CHECKS_FILE, {"code": code} | kept)
     elif by_program:

@@ -34,15 +34,8 @@ from pipeline.config import FROZEN, RANDOM, PipelineConfig
 FORMAT = "fa-stage-2"
 RUN_FILE = "experiment.json"
 """What is known of a run as a whole; a folder that holds one is a run's."""
-_RUN_FORM: Form = {"format": str}
-_RUN_FACTS: Form = {  # older versions may lack some
-    "name": str,
-    "dataset": str,
-    "config": dict,
-    "plan": list,
-    "command": list,
-}
-_STAGE_FORM: Form = {"format": str, "status": str}
+_RUN_FACTS: Form = {"name": str, "dataset": str, "config": dict, "plan": list, "command": list}
+"""Older versions may lack some."""
 
 
 @dataclass(frozen=True)
@@ -195,36 +188,34 @@ class StageStore:
 
     def load(self) -> None:
         """Read the files again."""
-        paths = {p.relative_to(self.out / "stages").with_suffix("").as_posix(): p
-                 for p in sorted((self.out / "stages").rglob("*.json"))}  # fmt: skip
-        run_paths = {RUN_FILE: self.out / RUN_FILE} if (self.out / RUN_FILE).exists() else {}
         self.damaged: set[str] = set()
-        self.run = self._read(run_paths, _RUN_FORM).get(RUN_FILE, {})
-        if not self._is_sound():
-            self.damaged.add(RUN_FILE)
-            self.run = {}
-        self.stages = self._read(paths, _STAGE_FORM)
-
-    def _is_sound(self) -> bool:
-        """Whether what is there of the facts of the run is of the right kinds."""
+        self.run: dict[str, Any] = {}
+        self.stages: dict[str, dict[str, Any]] = {}
+        if (self.out / RUN_FILE).exists():
+            self.run = self._read(RUN_FILE, self.out / RUN_FILE, {"format": str}) or {}
+        # What is there of the facts of the run has to be of the right kinds.
         there = {key: kind for key, kind in _RUN_FACTS.items() if key in self.run}
-        return has_form(self.run, there) and all(
+        is_sound = has_form(self.run, there) and all(
             isinstance(word, str) for key in ("plan", "command") for word in self.run.get(key, ())
         )
+        if not is_sound:
+            self.damaged.add(RUN_FILE)
+            self.run = {}
+        folder = self.out / "stages"
+        for path in sorted(folder.rglob("*.json")):
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            if record := self._read(name, path, {"format": str, "status": str}):
+                self.stages[name] = record
 
-    def _read(self, paths: Mapping[str, Path], form: Form) -> dict[str, dict[str, Any]]:
-        records = {}
-        for name, path in paths.items():
-            record = read_record_or_none(path, form)
-            if record is None:
-                self.damaged.add(name)
-            elif record["format"] != FORMAT:
-                raise UserError(
-                    f"{path} is not of this version; move {self.out} away or choose another --out"
-                )
-            else:
-                records[name] = record
-        return records
+    def _read(self, name: str, path: Path, form: Form) -> dict[str, Any] | None:
+        record = read_record_or_none(path, form)
+        if record is None:
+            self.damaged.add(name)
+        elif record["format"] != FORMAT:
+            raise UserError(
+                f"{path} is not of this version; move {self.out} away or choose another --out"
+            )
+        return record
 
     def open_run(self, name: str, **facts: Any) -> None:
         """Record the experiment's name and what is known about this call."""
@@ -298,15 +289,14 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
         return (program, str(root / script), *map(str, words))
 
     def add(kind: str, name: str, words: list[Any], check: list[Any] | None, **facts: Any) -> None:
-        if check is not None:
-            # Data that an earlier stage makes is not there yet: then only settings are checked.
-            has_data = all(name.startswith("convert") for name in facts.get("upstream", ()))
-            check += ["--check", "all" if has_data else "settings", "--json"]
+        # Data that an earlier stage makes is not there yet: then only settings are checked.
+        has_data = all(name.startswith("convert") for name in facts.get("upstream", ()))
+        how = ("--check", "all" if has_data else "settings", "--json")
         stages.append(
             Stage(
                 name=name, kind=kind, command=call(kind, *words),
                 code_version=KINDS[kind][1], libraries=KINDS[kind][2],
-                check=() if check is None else call(kind, *check), **facts,
+                check=() if check is None else call(kind, *check, *how), **facts,
             )
         )  # fmt: skip
 
@@ -324,7 +314,7 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
                 options["split_seed"] = seed
             words = [data.kind, out / made, *flags(options)]
             add(
-                "data", made, words, [*words],
+                "data", made, words, words,
                 outputs=(f"{made}/dataset.json",), owns=(made, f"{made}.partial"),
                 products=(made,), config={"data": {"kind": data.kind, "options": options}},
             )  # fmt: skip
@@ -357,7 +347,7 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
                 packed[name] = out / place
                 words = [source, out / place, *options]
                 add(
-                    "shards", place, words, [*words],
+                    "shards", place, words, words,
                     outputs=(f"{place}/index.json",), owns=(place,), upstream=(made,) * is_made,
                     files=() if is_made else (source,), config={"options": options},
                     resumable=True, group="packing",
@@ -458,7 +448,7 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
             if any(arm.removesuffix(FROZEN) == variant.name for arm in config.arms):
                 words = [weights, converted, *branch]
                 add(
-                    "convert", f"convert{tail}", words, [*words] if variant.weights else None,
+                    "convert", f"convert{tail}", words, words if variant.weights else None,
                     outputs=(f"convert{tail}/{converted.name}", f"convert{tail}/backbone.json"),
                     owns=(f"convert{tail}",), products=(f"convert{tail}/{converted.name}",),
                     config={"branch": config.convert.branch, "format": config.convert.format},

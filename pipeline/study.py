@@ -82,11 +82,6 @@ def make_config(
     check_keys(
         of_set, set(schema.DataStageConfig.__dataclass_fields__), {"kind"}, f"{path}: sets.{data}"
     )
-    try:  # JSON is YAML, too
-        words = [f"{key}={json.dumps(value)}" for key, value in of_set.items()]
-        source = read_settings(schema.DataStageConfig, None, words)
-    except UserError as error:
-        raise UserError(f"{path}: sets.{data}: {error}") from None
     variants: dict[str, dict[str, Any]] = {}
     tables = []
     for grid in grids:
@@ -102,16 +97,17 @@ def make_config(
         tables.append(cells)
     names = [table.name for table in tables]
     require(len(set(names)) == len(names), f"two grids have one name ({names}); rename a file")
-    config = schema.PipelineConfig(
-        name=f"{path.stem}-{data}",
-        data=source,
-        pretrain=schema.PretrainStageConfig(str(base.resolve()), side_by_side=True),
-        variants=variants,
-        seeds=schema.SeedsConfig(preset.seeds, preset.first_seed),
-        evaluations=preset.metrics,
-        tables=tuple(tables),
-    )
     try:
+        words = [f"{key}={json.dumps(value)}" for key, value in of_set.items()]  # JSON is YAML, too
+        config = schema.PipelineConfig(
+            name=f"{path.stem}-{data}",
+            data=read_settings(schema.DataStageConfig, None, words),
+            pretrain=schema.PretrainStageConfig(str(base.resolve()), side_by_side=True),
+            variants=variants,
+            seeds=schema.SeedsConfig(preset.seeds, preset.first_seed),
+            evaluations=preset.metrics,
+            tables=tuple(tables),
+        )
         return schema.check_config(config)
     except UserError as error:
         raise UserError(f"{path}: sets.{data}: {error}") from None

@@ -27,50 +27,26 @@ from common.files import LOCK, held, write_json
 from common.resnet import BRANCHES, LAYOUTS, add_reading_options
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = errors.command_parser(__doc__, allow_abbrev=False)
-    add = parser.add_argument
-    add("checkpoint", type=Path, nargs="?", help="file to convert")
-    add("out", type=Path, nargs="?", help="file to write")
-    add("--to", choices=("detectron2", "torchvision"), help="target (default: detectron2)")
-    add("--verify", type=Path, nargs=2, metavar=("A", "B"), help="compare two files instead")
-    add_reading_options(parser)
-    add("--branch-b", choices=BRANCHES, help="the same for B of --verify (online)")
-    add("--layout-b", choices=("auto", *LAYOUTS), help="the same for B of --verify (auto)")
-    add("--size", type=int, default=224, help="side of the picture that both networks see, in "
-        "pixels (default: 224)")  # fmt: skip
-    add("--tolerance", type=float, help="of --verify: largest relative difference that counts as "
-        "the same (default: 1e-5)")  # fmt: skip
-    add("--check", nargs="?", const="all", choices=("all",),
-        help="read the checkpoint, say what is in it, and stop")  # fmt: skip
-    add("--json", type=errors.json_file, nargs="?", const=Path("-"), metavar="FILE",
-        help="the result as JSON: to FILE, or instead of the text")  # fmt: skip
-    return parser
-
-
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Refuse what does not go together.
 
     Raises:
         UserError: Naming the argument.
     """
-    if arguments.size < 64:
-        raise errors.UserError(f"--size {arguments.size}: give at least 64, so that res5 has 2 x 2")
+    given = {name for name, value in vars(arguments).items() if value is not None}
+    size, tolerance = arguments.size, arguments.tolerance
+    errors.require(size >= 64, f"--size {size}: give at least 64, so that res5 has 2 x 2")
     if arguments.verify is not None:
         for name in ("checkpoint", "out", "to"):
-            if getattr(arguments, name) is not None:
-                raise errors.UserError(
-                    f"--verify compares two files and writes none: leave {name} out"
-                )
-        if arguments.tolerance is not None and not 0 <= arguments.tolerance < 1:
-            raise errors.UserError(f"--tolerance {arguments.tolerance}: give a number from 0 to 1")
+            message = f"--verify compares two files and writes none: leave {name} out"
+            errors.require(name not in given, message)
+        is_share = tolerance is None or 0 <= tolerance < 1
+        errors.require(is_share, f"--tolerance {tolerance}: give a number from 0 to 1")
         return
-    if arguments.checkpoint is None or arguments.out is None:
-        raise errors.UserError("give the checkpoint and the file to write, or --verify A B")
+    message = "give the checkpoint and the file to write, or --verify A B"
+    errors.require({"checkpoint", "out"} <= given, message)
     for name in ("branch_b", "layout_b", "tolerance"):
-        if getattr(arguments, name) is not None:
-            raise errors.UserError(f"--{name.replace('_', '-')} goes with --verify")
+        errors.require(name not in given, f"--{name.replace('_', '-')} goes with --verify")
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
@@ -146,7 +122,24 @@ def main(argv: list[str] | None = None) -> int:
         Exit status: 0 done or the same, 1 it went wrong or not the same, 2 wrong arguments or
         input.
     """
-    arguments = build_parser().parse_args(argv)
+    parser = errors.command_parser(__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("checkpoint", type=Path, nargs="?", help="file to convert")
+    add("out", type=Path, nargs="?", help="file to write")
+    add("--to", choices=("detectron2", "torchvision"), help="target (default: detectron2)")
+    add("--verify", type=Path, nargs=2, metavar=("A", "B"), help="compare two files instead")
+    add_reading_options(parser)
+    add("--branch-b", choices=BRANCHES, help="the same for B of --verify (online)")
+    add("--layout-b", choices=("auto", *LAYOUTS), help="the same for B of --verify (auto)")
+    add("--size", type=int, default=224, help="side of the picture that both networks see, in "
+        "pixels (default: 224)")  # fmt: skip
+    add("--tolerance", type=float, help="of --verify: largest relative difference that counts as "
+        "the same (default: 1e-5)")  # fmt: skip
+    add("--check", nargs="?", const="all", choices=("all",),
+        help="read the checkpoint, say what is in it, and stop")  # fmt: skip
+    add("--json", type=errors.json_file, nargs="?", const=Path("-"), metavar="FILE",
+        help="the result as JSON: to FILE, or instead of the text")  # fmt: skip
+    arguments = parser.parse_args(argv)
 
     def work() -> int:
         check_arguments(arguments)

@@ -27,33 +27,6 @@ _ENDINGS = {"out": (".npz",), "neighbours": (".jpg", ".jpeg"), "duplicates": (".
 _NUM_QUERIES, _NUM_NEIGHBOURS = 10, 8
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = errors.command_parser(__doc__, allow_abbrev=False)
-    add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="weights, see below")
-    add("pictures", nargs="+", metavar="PICTURES", help="files, folders, globs, shards")
-    add("--out", type=Path, required=True, metavar="FILE.npz", help="file for the features")
-    add("--neighbours", type=Path, metavar="SHEET.jpg", help="some pictures, each with its nearest "
-        "ones and their cosine; SHEET.json holds the names")  # fmt: skip
-    add("--duplicates", type=Path, metavar="FILE.json",
-        help="groups of pictures that are the same or nearly")  # fmt: skip
-    add("--threshold", type=float, metavar="T", help="of --duplicates: lowest correlation of two "
-        "thumbnails (default: 0.99)")  # fmt: skip
-    add("--seed", type=errors.whole(0), default=0, help="of the choice for --neighbours (0)")
-    add("--batch", type=errors.whole(1), default=64, metavar="N",
-        help="pictures per forward pass (64)")  # fmt: skip
-    add("--image-size", type=int, default=0, metavar="N", help="side of the central square in "
-        "pixels (default: as in the pretraining, else 224)")  # fmt: skip
-    add("--max-bad", type=errors.whole(0), default=0, metavar="N",
-        help="leave out up to N pictures that do not decode (default: 0)")  # fmt: skip
-    add_reading_options(parser)
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any")
-    add("--threads", type=errors.whole(1), metavar="N", help="CPU threads (default: free cores)")
-    errors.add_check_options(parser)
-    return parser
-
-
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Refuse what cannot be, before the imports that take seconds.
 
@@ -162,7 +135,29 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input.
     """
-    arguments = build_parser().parse_args(argv)
+    parser = errors.command_parser(__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="weights, see below")
+    add("pictures", nargs="+", metavar="PICTURES", help="files, folders, globs, shards")
+    add("--out", type=Path, required=True, metavar="FILE.npz", help="file for the features")
+    add("--neighbours", type=Path, metavar="SHEET.jpg", help="some pictures, each with its nearest "
+        "ones and their cosine; SHEET.json holds the names")  # fmt: skip
+    add("--duplicates", type=Path, metavar="FILE.json",
+        help="groups of pictures that are the same or nearly")  # fmt: skip
+    add("--threshold", type=float, metavar="T", help="of --duplicates: lowest correlation of two "
+        "thumbnails (default: 0.99)")  # fmt: skip
+    add("--seed", type=errors.whole(0), default=0, help="of the choice for --neighbours (0)")
+    add("--batch", type=errors.whole(1), default=64, metavar="N",
+        help="pictures per forward pass (64)")  # fmt: skip
+    add("--image-size", type=int, default=0, metavar="N", help="side of the central square in "
+        "pixels (default: as in the pretraining, else 224)")  # fmt: skip
+    add("--max-bad", type=errors.whole(0), default=0, metavar="N",
+        help="leave out up to N pictures that do not decode (default: 0)")  # fmt: skip
+    add_reading_options(parser)
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any")
+    add("--threads", type=errors.whole(1), metavar="N", help="CPU threads (default: free cores)")
+    errors.add_check_options(parser)
+    arguments = parser.parse_args(argv)
     work = errors.memory_remedy("lower --batch, or use --device cpu")(partial(run, arguments))
     return errors.run_command(work, when_interrupted="stopped; the same command starts anew")
 

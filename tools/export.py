@@ -20,26 +20,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.errors import UserError, command_parser, no_such_file, require, run_command
+from common.errors import command_parser, no_such_file, require, run_command
 from common.resnet import BRANCHES
 
 _OF_BACKBONE = ("torchvision", "timm", "safetensors")
 _TARGETS = (*_OF_BACKBONE, "torchscript", "onnx", "detectron2")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = command_parser(__doc__, allow_abbrev=False)
-    add = parser.add_argument
-    add("input", type=Path, metavar="INPUT", help="a backbone or a detector, see below")
-    add("out", type=Path, metavar="OUT", help="file to write")
-    add("--to", choices=_TARGETS, required=True, help="the form")
-    add("--pictures", nargs="+", metavar="PICTURES",
-        help="compare a detector on the first 20 of these (default: generated ones)")  # fmt: skip
-    add("--branch", choices=BRANCHES, default="online", help="of a checkpoint of ours (online)")
-    add("--preprocessing", metavar="SPEC", help="of a backbone that does not say it: imagenet, "
-        "half, or mean/std in [0, 1] as 0.485,0.456,0.406/0.229,0.224,0.225")  # fmt: skip
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -99,8 +84,7 @@ def _pictures(arguments: argparse.Namespace) -> list:
         return comparison_pictures()
     images = []
     for opened in open_all(find_files(arguments.pictures, arguments.out), 1, 1):
-        if isinstance(opened, BadPicture):
-            raise UserError(f"--pictures: {opened}")
+        require(not isinstance(opened, BadPicture), f"--pictures: {opened}")
         if isinstance(opened, OpenedPicture):
             images.append(opened.pixels)
         if len(images) == NUM_PICTURES:
@@ -115,7 +99,17 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input.
     """
-    arguments = build_parser().parse_args(argv)
+    parser = command_parser(__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("input", type=Path, metavar="INPUT", help="a backbone or a detector, see below")
+    add("out", type=Path, metavar="OUT", help="file to write")
+    add("--to", choices=_TARGETS, required=True, help="the form")
+    add("--pictures", nargs="+", metavar="PICTURES",
+        help="compare a detector on the first 20 of these (default: generated ones)")  # fmt: skip
+    add("--branch", choices=BRANCHES, default="online", help="of a checkpoint of ours (online)")
+    add("--preprocessing", metavar="SPEC", help="of a backbone that does not say it: imagenet, "
+        "half, or mean/std in [0, 1] as 0.485,0.456,0.406/0.229,0.224,0.225")  # fmt: skip
+    arguments = parser.parse_args(argv)
     return run_command(lambda: run(arguments))
 
 

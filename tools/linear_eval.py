@@ -26,28 +26,6 @@ from common.errors import command_parser, memory_remedy, run_command
 from common.resnet import add_reading_options
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = command_parser(__doc__)
-    add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="weights, see below")
-    add("overrides", nargs="*", metavar="key=value", help="e.g. epochs=50 lr_max=30")
-    add("--train", required=True, metavar="SHARDS", help="labelled shards to train on")
-    add("--val", required=True, metavar="SHARDS", help="labelled shards with the same classes")
-    add("--out", required=True, type=Path, metavar="DIR",
-        help="for linear.json and what is kept")  # fmt: skip
-    add("--protocol", choices=("cached", "full", "knn"), help="default: cached, or the config's")
-    add("--config", metavar="YAML", help="file or preset of configs/linear/, as imagenet1k_moco "
-        "(default: none; for --protocol full imagenet100)")  # fmt: skip
-    add_reading_options(parser)
-    add("--fraction", metavar="F", help="share of the training labels, e.g. 0.01")
-    add("--subset-list", metavar="FILE", help="keys of the samples to train on, one a line")
-    add("--seed", metavar="N", help="of subset, held-out part, order, crops, random weights")
-    add("--features", type=Path, metavar="DIR", help="where features lie (default: DIR/features)")
-    add("--resume", action="store_true", help="go on with what --out holds")
-    return parser
-
-
 def evaluate(arguments: argparse.Namespace) -> None:
     """Run the evaluation, and print its table."""
     from common.backbone import reading_of
@@ -79,7 +57,24 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input, 128 + n after a signal.
     """
-    arguments = build_parser().parse_intermixed_args(argv)
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="weights, see below")
+    add("overrides", nargs="*", metavar="key=value", help="e.g. epochs=50 lr_max=30")
+    add("--train", required=True, metavar="SHARDS", help="labelled shards to train on")
+    add("--val", required=True, metavar="SHARDS", help="labelled shards with the same classes")
+    add("--out", required=True, type=Path, metavar="DIR",
+        help="for linear.json and what is kept")  # fmt: skip
+    add("--protocol", choices=("cached", "full", "knn"), help="default: cached, or the config's")
+    add("--config", metavar="YAML", help="file or preset of configs/linear/, as imagenet1k_moco "
+        "(default: none; for --protocol full imagenet100)")  # fmt: skip
+    add_reading_options(parser)
+    add("--fraction", metavar="F", help="share of the training labels, e.g. 0.01")
+    add("--subset-list", metavar="FILE", help="keys of the samples to train on, one a line")
+    add("--seed", metavar="N", help="of subset, held-out part, order, crops, random weights")
+    add("--features", type=Path, metavar="DIR", help="where features lie (default: DIR/features)")
+    add("--resume", action="store_true", help="go on with what --out holds")
+    arguments = parser.parse_intermixed_args(argv)
     from common.startup import begin_program  # after --help, which should not wait
     from pretrain import collectives as dist
 

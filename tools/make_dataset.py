@@ -204,9 +204,7 @@ def make_letters(arguments: argparse.Namespace) -> bool:
     from pipeline.datasets import letters
 
     options, names = set_options(arguments), tuple(arguments.letters)
-    is_good = (
-        len(names) >= 2 and len(set(names)) == len(names) and set(names) <= set(ascii_uppercase)
-    )
+    is_good = 2 <= len(names) == len(set(names)) and set(names) <= set(ascii_uppercase)
     errors.require(is_good, f"--letters {arguments.letters}: give two or more of A to Z, each once")
     side = arguments.letter_size
     errors.require(16 <= side <= 1024, f"--letter-size is {side}: give 16 to 1024")

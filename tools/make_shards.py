@@ -25,14 +25,7 @@ from pathlib import Path
 from common import errors
 from common.files import check_out_folder, write_json
 from pipeline.datasets.importers import open_source
-from pretrain.data.pack import (
-    Cluster,
-    ShardOptions,
-    SourcePicture,
-    WriteReport,
-    make_plan,
-    write_shards,
-)  # fmt: skip
+from pretrain.data.pack import Cluster, ShardOptions, SourcePicture, make_plan, write_shards
 from pretrain.data.shard_info import format_info, gather_info, verify_shards
 from pretrain.data.shards import ShardIndex
 
@@ -151,7 +144,8 @@ def pack(options: argparse.Namespace, num_workers: int) -> None:
         overwrite=options.overwrite,
         cluster=cluster,
     )
-    text = f"{options.out}: {size_of(report)}"
+    text = f"{options.out}: {report.num_samples} samples in {report.num_shards} shards, "
+    text += f"{report.num_bytes / 1e6:.1f} MB"
     if report.num_shards_kept:
         text += f" ({report.num_shards_kept} shards were finished before)"
     if report.skipped:
@@ -172,12 +166,6 @@ def _part(text: str) -> tuple[float, float]:
     if not 0 <= float(low) < float(high) <= 1:
         raise argparse.ArgumentTypeError(f"{text!r}: give LOW:HIGH with 0 <= LOW < HIGH <= 1")
     return float(low), float(high)
-
-
-def size_of(report: WriteReport) -> str:
-    """Samples, shards and bytes of a set."""
-    size = f"{report.num_bytes / 1e6:.1f} MB"
-    return f"{report.num_samples} samples in {report.num_shards} shards, {size}"
 
 
 def cluster_of(options: argparse.Namespace) -> Cluster | None:

@@ -31,30 +31,6 @@ from common.errors import (
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = command_parser(__doc__, allow_abbrev=False)
-    add = parser.add_argument
-    add("detector", type=Path, metavar="RUN|WEIGHTS",
-        help="a pipeline run (its pretrained arm), an arm's folder (its first finished seed), a "
-        "seed's folder, or model_final.pth")  # fmt: skip
-    add("pictures", nargs="+", metavar="PICTURES", help="pictures, folders, globs, videos")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
-    add("--score", type=float, default=0.5, metavar="S", help="lowest score (default: 0.5)")
-    add("--format", default="json", metavar="LIST",
-        help="of json (always written), voc, coco, yolo, with commas (default: json)")  # fmt: skip
-    add("--every", type=int, default=1, metavar="N", help="of a video: every N-th frame (all)")
-    add("--batch", type=int, metavar="N",
-        help="pictures per forward pass (default: 1 on a CPU, where more are slower; "
-        "TEST.IMS_PER_BATCH on a GPU; 1: no picture depends on another)")  # fmt: skip
-    add("--threads", type=int, metavar="N", help="CPU threads (default: free cores)")
-    add("--device", help="cpu, cuda, .. (default: a GPU if there is one)")
-    add("--max-bad", type=int, default=0, metavar="N",
-        help="leave out up to N pictures that do not decode (default: 0)")  # fmt: skip
-    add("--overwrite", action="store_true", help="replace older predictions in DIR")
-    return parser
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Predict, and say what was done."""
     formats = [name.strip() for name in arguments.format.split(",") if name.strip()]
@@ -73,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     from common.pictures import BadPicture
     from common.threads import choose_threads
     from detection.predict import Prediction, find_weights, load_detector
-    from detection.prediction.sources import OpenedPicture, OtherFile, holds_predictions, open_all
+    from detection.prediction.sources import OpenedPicture, holds_predictions, open_all
     from detection.prediction.write import FORMATS, PredictionWriter, prepared
 
     unknown = [name for name in formats if name not in FORMATS]
@@ -109,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     ):
         writer = PredictionWriter(arguments.out, formats, detector.classes)
         for opened in open_all(files, arguments.every, num_threads):
-            if isinstance(opened, OtherFile):
+            if opened is None:
                 counts["others"] += 1
             elif isinstance(opened, BadPicture):
                 counts["bad"] += 1
@@ -153,7 +129,26 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input.
     """
-    arguments = build_parser().parse_args(argv)
+    parser = command_parser(__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("detector", type=Path, metavar="RUN|WEIGHTS",
+        help="a pipeline run (its pretrained arm), an arm's folder (its first finished seed), a "
+        "seed's folder, or model_final.pth")  # fmt: skip
+    add("pictures", nargs="+", metavar="PICTURES", help="pictures, folders, globs, videos")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    add("--score", type=float, default=0.5, metavar="S", help="lowest score (default: 0.5)")
+    add("--format", default="json", metavar="LIST",
+        help="of json (always written), voc, coco, yolo, with commas (default: json)")  # fmt: skip
+    add("--every", type=int, default=1, metavar="N", help="of a video: every N-th frame (all)")
+    add("--batch", type=int, metavar="N",
+        help="pictures per forward pass (default: 1 on a CPU, where more are slower; "
+        "TEST.IMS_PER_BATCH on a GPU; 1: no picture depends on another)")  # fmt: skip
+    add("--threads", type=int, metavar="N", help="CPU threads (default: free cores)")
+    add("--device", help="cpu, cuda, .. (default: a GPU if there is one)")
+    add("--max-bad", type=int, default=0, metavar="N",
+        help="leave out up to N pictures that do not decode (default: 0)")  # fmt: skip
+    add("--overwrite", action="store_true", help="replace older predictions in DIR")
+    arguments = parser.parse_args(argv)
     work = memory_remedy("lower --batch, or use --device cpu")(partial(run, arguments))
     return run_command(work, when_interrupted="stopped; the same command starts anew")
 

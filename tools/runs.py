@@ -19,11 +19,10 @@ from tabulate import tabulate
 
 from common.errors import UserError, command_parser, run_command
 from common.files import finite, write_json
-from pipeline.join import join
 from pipeline.report import runs
 from pipeline.report.charts import short_number
 from pipeline.report.runs import FIGURES, RunInfo
-from pipeline.results import findings
+from pipeline.results import findings, join
 
 SORT_KEYS = ("run", "state", "updated", *FIGURES)
 COLUMNS = {
@@ -32,10 +31,10 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line's parser."""
-    main_parser = command_parser(__doc__)
-    commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, or 2 for wrong arguments or input."""
+    parser = command_parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = commands.add_parser("list", help="a line for each run: state, position, figures")
     add.set_defaults(work=_list)
     add.add_argument("folder", type=Path, metavar="FOLDER", help="folder that holds the runs")
@@ -50,12 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add.set_defaults(work=_join)
     add.add_argument("files", type=Path, nargs="+", metavar="FILE", help="results.json of a run")
     add.add_argument("--out", type=Path, required=True, metavar="FILE", help="where it is written")
-    return main_parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 for wrong arguments or input."""
-    options = parser().parse_args(arguments)
+    options = parser.parse_args(arguments)
     return run_command(lambda: options.work(options))
 
 

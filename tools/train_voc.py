@@ -21,44 +21,6 @@ from common.files import check_out_folder
 from common.memory import keep_freed_memory
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = errors.command_parser(__doc__, prog="tools/train_voc.sh")
-    add = parser.add_argument
-    add("weights", nargs="?", help="backbone.pkl or .pth from tools/convert_to_d2.py, or `random`")
-    add("--config", type=Path, help="YAML file or preset of configs/detection/, as thin_R50_C4")
-    add("--data", type=Path, help="labelled pictures: a set with dataset.json, or VOC's, COCO's or "
-        "YOLO's files as annotation tools write them")  # fmt: skip
-    add("--format", choices=FORMATS.names(), help="of --data or --eval-on (default: recognised)")
-    add("--exif", choices=("auto", "stored"), default="auto",
-        help="boxes of pictures with an EXIF orientation: of the picture, upright or as stored, "
-        "that has the annotation's size (auto, default), or as stored")  # fmt: skip
-    add("--max-left-out", type=int, default=0, metavar="N",
-        help="leave out up to N faulty pictures and objects (default: 0, stop)")  # fmt: skip
-    add("--out", type=Path, required=True, help="folder for the results")
-    add("--seeds", help="comma-separated, one run each (default: 0; --eval-on: all finished)")
-    add("--eval-on", type=Path, metavar="DIR",
-        help="train nothing: evaluate the finished seeds in --out on another set with the same "
-        "class names; weights, --config and --data are left out")  # fmt: skip
-    add("--eval-split", metavar="LIST", help="the list of --eval-on's set (default: its test list)")
-    add("--freeze", action="store_true", help="freeze the whole backbone before the ROI head")
-    add("--arm", help="name of this arm in the results (default: from weights and --freeze)")
-    add("--eval-every", type=int, metavar="N", help="evaluate every N iterations (0: at the end)")
-    add("--num-eval-images", type=int, metavar="N", help="only N test pictures, evenly spread")
-    add("--train-split", help="lists joined by +, as voc_2007_trainval+voc_2012_trainval")
-    add("--test-split", help="one list, as voc_2007_test")
-    add("--classes", help="in order, a,b,c or a file with one a line (default: dataset.json's)")
-    add("--metric-year", type=int, choices=(2007, 2012), help="11-point or area AP")
-    add("--num-gpus", type=num_gpus, default=1, metavar="N",
-        help="processes, one GPU each; auto: all GPUs that are there (default: 1)")  # fmt: skip
-    add("--threads", type=errors.whole(1), metavar="N", help="CPU threads (default: free cores)")
-    add("--overwrite", action="store_true", help="run seeds again whose settings have changed")
-    add("--no-card", action="store_true", help="accept weights without a preprocessing card")
-    errors.add_check_options(parser)
-    add("opts", nargs="*", metavar="KEY=VALUE", help="overrides of the config; also KEY VALUE")
-    return parser
-
-
 def num_gpus(text: str) -> int | None:
     """A number; None for "auto"."""
     return None if text == "auto" else int(text)
@@ -162,7 +124,39 @@ def run(arguments: argparse.Namespace, seeds: list[int] | None) -> dict[str, Any
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line; what training needs is left out with --eval-on only."""
-    parser = build_parser()
+    parser = errors.command_parser(__doc__, prog="tools/train_voc.sh")
+    add = parser.add_argument
+    add("weights", nargs="?", help="backbone.pkl or .pth from tools/convert_to_d2.py, or `random`")
+    add("--config", type=Path, help="YAML file or preset of configs/detection/, as thin_R50_C4")
+    add("--data", type=Path, help="labelled pictures: a set with dataset.json, or VOC's, COCO's or "
+        "YOLO's files as annotation tools write them")  # fmt: skip
+    add("--format", choices=FORMATS.names(), help="of --data or --eval-on (default: recognised)")
+    add("--exif", choices=("auto", "stored"), default="auto",
+        help="boxes of pictures with an EXIF orientation: of the picture, upright or as stored, "
+        "that has the annotation's size (auto, default), or as stored")  # fmt: skip
+    add("--max-left-out", type=int, default=0, metavar="N",
+        help="leave out up to N faulty pictures and objects (default: 0, stop)")  # fmt: skip
+    add("--out", type=Path, required=True, help="folder for the results")
+    add("--seeds", help="comma-separated, one run each (default: 0; --eval-on: all finished)")
+    add("--eval-on", type=Path, metavar="DIR",
+        help="train nothing: evaluate the finished seeds in --out on another set with the same "
+        "class names; weights, --config and --data are left out")  # fmt: skip
+    add("--eval-split", metavar="LIST", help="the list of --eval-on's set (default: its test list)")
+    add("--freeze", action="store_true", help="freeze the whole backbone before the ROI head")
+    add("--arm", help="name of this arm in the results (default: from weights and --freeze)")
+    add("--eval-every", type=int, metavar="N", help="evaluate every N iterations (0: at the end)")
+    add("--num-eval-images", type=int, metavar="N", help="only N test pictures, evenly spread")
+    add("--train-split", help="lists joined by +, as voc_2007_trainval+voc_2012_trainval")
+    add("--test-split", help="one list, as voc_2007_test")
+    add("--classes", help="in order, a,b,c or a file with one a line (default: dataset.json's)")
+    add("--metric-year", type=int, choices=(2007, 2012), help="11-point or area AP")
+    add("--num-gpus", type=num_gpus, default=1, metavar="N",
+        help="processes, one GPU each; auto: all GPUs that are there (default: 1)")  # fmt: skip
+    add("--threads", type=errors.whole(1), metavar="N", help="CPU threads (default: free cores)")
+    add("--overwrite", action="store_true", help="run seeds again whose settings have changed")
+    add("--no-card", action="store_true", help="accept weights without a preprocessing card")
+    errors.add_check_options(parser)
+    add("opts", nargs="*", metavar="KEY=VALUE", help="overrides of the config; also KEY VALUE")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.eval_on is not None:
         if arguments.config or arguments.data or arguments.check:

@@ -56,6 +56,8 @@ class Verdicts:
     """What the detections are.
 
     Attributes:
+        objects: The labelled ones.
+        detections: Those that are judged.
         kind: (n,) places in KINDS; 6: on a difficult object, neither right nor wrong.
         target: (n,) the object that a detection is judged by, -1 for background.
         rank: (n,) place among the detections of its class, best score first.
@@ -66,6 +68,8 @@ class Verdicts:
         unseen: (m,) whether an object that counts has neither a match nor such an error.
     """
 
+    objects: Objects
+    detections: Detections
     kind: np.ndarray
     target: np.ndarray
     rank: np.ndarray
@@ -109,7 +113,7 @@ def judge(objects: Objects, detections: Detections) -> Verdicts:
     correctable[rows[first]] = True
     unseen = ~objects.difficult & ~matched
     unseen[target[correctable]] = False
-    return Verdicts(kind, target, rank, matched, correctable, unseen)
+    return Verdicts(objects, detections, kind, target, rank, matched, correctable, unseen)
 
 
 def _groups(numbers: np.ndarray) -> list[np.ndarray]:
@@ -155,14 +159,13 @@ def _overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return shared / (areas[0][:, None] + areas[1][None, :] - shared)
 
 
-def best_scored(
-    objects: Objects, detections: Detections, verdicts: Verdicts, num_images: int
-) -> np.ndarray:
+def best_scored(verdicts: Verdicts, num_images: int) -> np.ndarray:
     """As many detections of each picture as it holds objects that count, at least one: (n,) bool.
 
     Those on difficult objects are passed over. A better-scored detection never loses its match to a
     worse one, so that kinds among the best are the kinds that they have among all.
     """
+    objects, detections = verdicts.objects, verdicts.detections
     num_kept = np.bincount(objects.image[~objects.difficult], minlength=num_images).clip(min=1)
     rows = np.flatnonzero(verdicts.kind != _IGNORED)
     keys = (verdicts.rank[rows], -detections.score[rows], detections.image[rows])
@@ -175,18 +178,11 @@ def best_scored(
 
 
 def average_precisions(
-    objects: Objects,
-    detections: Detections,
-    verdicts: Verdicts,
-    num_classes: int,
-    metric_year: int | None,
-    corrected: str | None = None,
+    verdicts: Verdicts, num_classes: int, metric_year: int | None, corrected: str | None
 ) -> list[float | None]:
     """AP50 of every class in percent, with one kind of error corrected.
 
     Args:
-        objects: All of them.
-        detections: All of them.
         verdicts: What `judge` says.
         num_classes: How many.
         metric_year: 2007: 11 levels of recall; 2012: area; None: 101 levels.
@@ -195,6 +191,7 @@ def average_precisions(
     Returns:
         None for a class without an object that counts.
     """
+    objects, detections = verdicts.objects, verdicts.detections
     kind, label = verdicts.kind, detections.label.copy()
     hit, kept = kind == _CORRECT, kind != _IGNORED
     counted = ~objects.difficult
@@ -232,28 +229,20 @@ def _average_precision(hits: np.ndarray, num_objects: int, metric_year: int | No
 
 
 def error_table(
-    objects: Objects,
-    detections: Detections,
-    verdicts: Verdicts,
-    classes: Sequence[str],
-    num_images: int,
-    metric_year: int | None,
+    verdicts: Verdicts, classes: Sequence[str], num_images: int, metric_year: int | None
 ) -> dict[str, Any]:
     """What errors.json holds (docs/files.md, section 5).
 
     Args:
-        objects: All of them.
-        detections: All of them.
         verdicts: What `judge` says.
         classes: Names in order.
         num_images: Number of pictures that were looked at.
         metric_year: Of the AP50: 2007, 2012, or None for 101 levels of recall.
     """
-    chosen = best_scored(objects, detections, verdicts, num_images)
+    objects, detections = verdicts.objects, verdicts.detections
+    chosen = best_scored(verdicts, num_images)
     aps = {
-        corrected: average_precisions(
-            objects, detections, verdicts, len(classes), metric_year, corrected
-        )
+        corrected: average_precisions(verdicts, len(classes), metric_year, corrected)
         for corrected in (None, *GAINS)
     }
     counted, matched_early = ~objects.difficult, np.zeros(len(objects.label), dtype=bool)

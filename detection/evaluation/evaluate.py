@@ -138,10 +138,7 @@ class Evaluation:
             "format": "fa-pr-1",
             "metric_year": self.metric_year,
             "recall": list(RECALL_LEVELS),
-            "classes": {
-                name: {overlap: asdict(curve) for overlap, curve in row.curves.items()}
-                for name, row in self.classes.items()
-            },
+            "classes": {name: asdict(row)["curves"] for name, row in self.classes.items()},
         }
 
 
@@ -353,7 +350,7 @@ def evaluate_detector(
         classes=rows,
         metric_year=year,
         coco=coco,
-        errors=error_table(objects, in_voc, verdicts, data.classes, num_images, year),
+        errors=error_table(verdicts, data.classes, num_images, year),
         detections=detections,
         matches=matches,
         absent=split.classes_without_objects(data.classes),

@@ -35,21 +35,8 @@ class OpenedPicture:
     frame: int | None = None
 
 
-@dataclass(frozen=True)
-class OtherFile:
-    """A file in a folder that is no picture and does not claim to be one."""
-
-    path: Path
-
-
-@dataclass(frozen=True)
-class Video:
-    """A video; its frames are read one after another."""
-
-    path: Path
-
-
-Opened = OpenedPicture | OtherFile | BadPicture
+Opened = OpenedPicture | BadPicture | None
+"""None: a file in a folder that is no picture and does not claim to be one."""
 
 
 def holds_predictions(folder: Path) -> bool:
@@ -69,32 +56,31 @@ def open_all(files: Sequence[SourceFile], every: int, num_threads: int) -> Itera
         One for each file, at least one for each video.
     """
     for opened in in_threads(_open, files, num_threads):
-        if isinstance(opened, Video):
-            yield from _frames(opened.path, every)
+        if isinstance(opened, Path):
+            yield from _frames(opened, every)
         else:
             yield opened
 
 
-def _open(file: SourceFile) -> Opened | Video:
+def _open(file: SourceFile) -> Opened | Path:
+    """What a file holds; the path of a video, whose frames are read one after another."""
     path = file.path
     try:
         with open_regular(path) as stream:
             start = stream.read(16)
         if _is_video(start):
-            return Video(path)
+            return path
         try:
             read_shape(path)
         except BadPicture:
             if file.is_named or path.suffix.lower() in _SUFFIXES:
                 raise
-            return OtherFile(path)
+            return None
         data = read_regular(path, MAX_FILE_BYTES)
         return OpenedPicture(path, decode(data, where=str(path)), data)
     except OSError as error:
         return BadPicture(f"{path}: cannot be read ({error.strerror or error})")
-    except BadPicture as error:
-        return error
-    except UserError as error:
+    except (BadPicture, UserError) as error:
         return BadPicture(str(error))
 
 

@@ -25,7 +25,7 @@ from detectron2.solver import build_lr_scheduler
 from common import provenance
 from common.annotations.record import checked_class_name
 from common.config import dotted, find_config, parse_yaml, read_yaml_with_bases
-from common.errors import UserError, unknown
+from common.errors import UserError, require, unknown
 from common.files import read_text, write_text
 from common.resnet import Arch
 
@@ -350,24 +350,19 @@ def _explain(cfg: CfgNode, error: Exception) -> str:
     return unknown(f"key {key}", key, known, more=dotted(cfg))
 
 
-def scale_schedule(cfg: CfgNode, num_gpus: int, images_per_batch: int | None = None) -> Fraction:
-    """Scale a protocol in place; a config that names no number of GPUs is left alone.
+def scale_schedule(cfg: CfgNode, num_gpus: int, images_per_batch: int | None = None) -> None:
+    """Scale a protocol in place.
 
     Args:
-        cfg: Its SOLVER.IMS_PER_BATCH pictures are meant for SOLVER.REFERENCE_WORLD_SIZE GPUs (0:
-            not a protocol). That key becomes `num_gpus`: Detectron2 will not scale once more.
+        cfg: Its SOLVER.IMS_PER_BATCH pictures are meant for SOLVER.REFERENCE_WORLD_SIZE GPUs. That
+            key becomes `num_gpus`: Detectron2 will not scale once more.
         num_gpus: GPUs at hand, or 1 for a CPU.
-        images_per_batch: Pictures a batch over all GPUs; default: as many a GPU as in the protocol.
-
-    Returns:
-        New pictures per batch, as a multiple of the protocol's.
+        images_per_batch: Pictures a batch over all GPUs; None: as many a GPU as in the protocol.
 
     Raises:
         UserError: If the pictures do not divide.
     """
     solver, test = cfg.SOLVER, cfg.TEST
-    if solver.REFERENCE_WORLD_SIZE <= 0:
-        return Fraction(1)
     if images_per_batch is None:
         per_gpu = Fraction(solver.IMS_PER_BATCH, solver.REFERENCE_WORLD_SIZE)
         if per_gpu.denominator != 1:
@@ -376,8 +371,7 @@ def scale_schedule(cfg: CfgNode, num_gpus: int, images_per_batch: int | None = N
                 f"SOLVER.REFERENCE_WORLD_SIZE {solver.REFERENCE_WORLD_SIZE}; change one of them"
             )
         images_per_batch = int(per_gpu) * num_gpus
-    if images_per_batch < 1:
-        raise UserError(f"SOLVER.IMS_PER_BATCH {images_per_batch}: give at least 1")
+    require(images_per_batch >= 1, f"SOLVER.IMS_PER_BATCH {images_per_batch}: give at least 1")
     factor = Fraction(images_per_batch, solver.IMS_PER_BATCH)
 
     def scaled(count: int) -> int:
@@ -391,7 +385,6 @@ def scale_schedule(cfg: CfgNode, num_gpus: int, images_per_batch: int | None = N
     solver.STEPS = tuple(scaled(step) for step in solver.STEPS)
     test.EVAL_PERIOD = scaled(test.EVAL_PERIOD)
     test.PRECISE_BN.NUM_ITER = max(1, scaled(test.PRECISE_BN.NUM_ITER))
-    return factor
 
 
 def first_other_rate(
@@ -430,8 +423,7 @@ def check_schedule(cfg: CfgNode, before: CfgNode, overridden: Collection[str]) -
     """
     solver = cfg.SOLVER
     for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
-        if solver[key] < 1:
-            raise UserError(f"SOLVER.{key} {solver[key]}: give at least 1")
+        require(solver[key] >= 1, f"SOLVER.{key} {solver[key]}: give at least 1")
     old, last = before.MAX_ITER, solver.MAX_ITER
     if old != last and "SOLVER.STEPS" not in overridden:
         steps = {int(step * last / old) for step in before.STEPS}

@@ -28,7 +28,7 @@ from common import files, provenance
 from common.annotations.record import LabelledSet, SetChoice, read_set
 from common.backbone import read_own_card
 from common.config import dotted, one_line
-from common.errors import UserError
+from common.errors import UserError, require
 from common.picture_draws import METRICS
 from common.threads import choose_threads
 from detection.evaluation.evaluate import Evaluation, evaluated_split
@@ -157,8 +157,7 @@ def prepare(settings: ArmSettings) -> Arm:
     num_gpus = settings.num_gpus
     if num_gpus is None:
         num_gpus = max(1, torch.cuda.device_count())
-    if num_gpus < 1:
-        raise UserError(f"--num-gpus {num_gpus}: give 1 or more; 1 is right for the CPU")
+    require(num_gpus >= 1, f"--num-gpus {num_gpus}: give 1 or more; 1 is right for the CPU")
     cfg = load_config(settings.config, settings.overrides, num_gpus=num_gpus)
     lists = {
         "usual_train": "+".join(cfg.DATASETS.TRAIN) or None,

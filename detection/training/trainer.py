@@ -46,19 +46,13 @@ def share_buffers(model: nn.Module) -> None:
             torch.distributed.broadcast(buffer, 0)
 
 
-class SeedEachStep(HookBase):
-    """Seeds torch before each step from (seed, iteration, rank).
+def seed_step(trainer: DefaultTrainer) -> None:
+    """Seed torch from (seed, iteration, rank).
 
     Sampling of anchors and ROIs draws from torch's global generator; with this a resumed run draws
     what the uninterrupted one drew, and no generator state needs saving.
     """
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    def before_step(self) -> None:
-        """Seed."""
-        torch.manual_seed(derive_seed("step", self._seed, self.trainer.iter, comm.get_rank()))
+    torch.manual_seed(derive_seed("step", trainer.cfg.SEED, trainer.iter, comm.get_rank()))
 
 
 class RunClock(HookBase):
@@ -227,7 +221,7 @@ class Trainer(DefaultTrainer):
         built: list[hooks.HookBase | None] = [
             hooks.IterationTimer(),
             self.clock,
-            SeedEachStep(cfg.SEED),
+            hooks.CallbackHook(before_step=seed_step),
             hooks.LRScheduler(),
         ]
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):

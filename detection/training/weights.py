@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from common import checkpoints
 from common.backbone import read_own_card
-from common.errors import UserError
+from common.errors import UserError, require
 from common.files import is_number, write_atomically, write_text
 from common.resnet import D2_CARD, read_arch
 from detection.training.config import arch_of_config
@@ -175,10 +175,9 @@ def load_backbone(model: nn.Module, path: Path) -> int:
         UserError: If the file is unreadable or a single tensor does not match.
     """
     path = Path(path).resolve()
-    if path.suffix not in (".pkl", ".pth"):
-        raise UserError(f"{path}: weights end in .pkl or .pth; {_CONVERT}")
-    if not path.is_file():
-        raise UserError(f"{path}: no such weights; {_CONVERT}")
+    is_known = path.suffix in (".pkl", ".pth")
+    require(is_known, f"{path}: weights end in .pkl or .pth; {_CONVERT}")
+    require(path.is_file(), f"{path}: no such weights; {_CONVERT}")
     query = "?matching_heuristics=True" if path.suffix == ".pth" else ""
     try:
         WeightsCheckpointer(model).load(f"{path}{query}", checkpointables=[])
@@ -204,8 +203,7 @@ def check_card(weights: Path, cfg: CfgNode) -> dict[str, Any]:
         UserError: If there is no card, the weights are not the ones it describes, or the config
             would use other pixels or another architecture.
     """
-    if not weights.is_file():
-        raise UserError(f"{weights}: no such weights; {_CONVERT}, or say `random`")
+    require(weights.is_file(), f"{weights}: no such weights; {_CONVERT}, or say `random`")
     card, fault = read_own_card(weights)
     if card is None or card["format"] != D2_CARD:
         name = weights.with_suffix(".json").name
@@ -233,8 +231,7 @@ def check_card(weights: Path, cfg: CfgNode) -> dict[str, Any]:
             f"MODEL.RESNETS.STRIDE_IN_1X1 must be {pixels['stride_in_1x1']}: the "
             "shapes fit either way, the features do not"
         )
-    if faults:
-        raise UserError(f"{weights}: does not fit the config: {'; '.join(faults)}")
+    require(not faults, f"{weights}: does not fit the config: {'; '.join(faults)}")
     return card
 
 

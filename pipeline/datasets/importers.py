@@ -20,7 +20,7 @@ from common.annotations.record import SetChoice, list_file, read_set
 from common.errors import UserError, no_such_file, require
 from common.files import open_regular, read_text, walk
 from common.pictures import PICTURE_SUFFIXES, fault_of, is_picture_file
-from pipeline.datasets.sets import Card, fetched, make_set, unpacked
+from pipeline.datasets.sets import Card, make_set, packages_in, unpacked
 
 # -- the pictures of a folder, for shards ---------------------------------------------------------
 
@@ -345,7 +345,7 @@ def import_fashion(
         place, source = "usr/share/datasets/fashion-mnist", SYSTEM
         kinds = ("images-idx3", "labels-idx1")
         if not (SYSTEM / place).is_dir():
-            (source,) = fetched([FASHION_PACKAGE], cache, "31 MB")
+            (source,) = packages_in([FASHION_PACKAGE], None, cache, "31 MB")
         with unpacked(source, cache) as package:
             (train, train_labels), (test, test_labels) = (
                 [read_idx(package / place / f"{part}-{kind}-ubyte.gz") for kind in kinds]

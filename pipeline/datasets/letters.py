@@ -189,10 +189,8 @@ def draw_glyph(path: Path, letter: str, size: int) -> np.ndarray:
     font = ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
     mask = font.getmask(letter, mode="L")
     glyph = np.array(mask, dtype=np.uint8).reshape(mask.size[::-1])
-    rows, columns = (np.flatnonzero(glyph.any(axis=axis)) for axis in (1, 0))
-    if len(rows) == 0:
-        return glyph[:0, :0]
-    return glyph[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    x, y, width, height = cv2.boundingRect(glyph)
+    return glyph[y : y + height, x : x + width]
 
 
 def split(fonts: Fonts, seed: int) -> dict[str, tuple[str, ...]]:
@@ -265,16 +263,12 @@ class LetterSource(ProceduralSource):
         path = self.root / files[int(rng.integers(len(files)))]
         glyph = _large_glyph(path, self.class_names[label])
         turn = np.deg2rad(rng.uniform(-_MAX_TURN, _MAX_TURN))
-        turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
         sheared = np.array([[1, rng.uniform(-0.15, 0.15)], [0, 1]])
-        matrix = turned @ sheared * (size / max(glyph.shape))
-        height, width = glyph.shape
-        columns, rows = (int(x) for x in np.ceil(np.abs(matrix) @ (width, height)) + 2)
-        shift = np.array([columns, rows]) / 2 - matrix @ (width / 2, height / 2)
-        warp = np.concatenate([matrix, shift[:, None]], axis=1)
-        moved = cv2.warpAffine(glyph, warp, (columns, rows), flags=cv2.INTER_AREA)
+        matrix = scene.rotation(turn) @ sheared * (size / max(glyph.shape))
+        moved = scene.warped(glyph, matrix, cv2.INTER_AREA)
         alpha = moved.astype(np.float32) * np.float32(1 / 255)
-        return Sprite(procedural.surface(rng, rows, columns, size), alpha)
+        height, width = moved.shape
+        return Sprite(procedural.surface(rng, height, width, size), alpha)
 
 
 @lru_cache(maxsize=8192)

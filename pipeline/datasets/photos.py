@@ -328,17 +328,11 @@ def _cut_out(
     """
     size = min(size, _MAX_ENLARGE * max(levels[0].shape[:2]))
     level = next((m for m in reversed(levels) if max(m.shape[:2]) >= size), levels[0])
-    height, width = level.shape[:2]
-    scale = size / max(height, width)
+    scale = size / max(level.shape[:2])
     turn = np.deg2rad(rng.uniform(-_MAX_TURN, _MAX_TURN))
     mirror = -1 if rng.random() < 0.5 else 1
-    turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    matrix = scale * turned @ np.diag([mirror, 1])
-    columns, rows = np.ceil(np.abs(matrix) @ (width, height)).astype(int) + 2
-    shift = np.array([columns, rows]) / 2 - matrix @ (width / 2, height / 2)
-    warp = np.concatenate([matrix, shift[:, None]], axis=1)
-    moved = cv2.warpAffine(level, warp, (int(columns), int(rows)), flags=cv2.INTER_LINEAR)
-    moved = moved.astype(np.float32)
+    matrix = scale * scene.rotation(turn) @ np.diag([mirror, 1])
+    moved = scene.warped(level, matrix, cv2.INTER_LINEAR).astype(np.float32)
     alpha = moved[:, :, 3] * np.float32(1 / 255)
     image = moved[:, :, :3] / np.maximum(alpha, 0.02)[:, :, None]
     image = _jitter(rng, image, 0.2)
@@ -361,10 +355,9 @@ def _load_cutout(root: Path, name: str, max_side: int) -> list[np.ndarray]:
         raise UserError(
             f"{path}: no cut-out (8 bits, with transparency); delete the cache, run again"
         )
-    rows, columns = (np.flatnonzero((image[:, :, 3] > 20).any(axis=axis)) for axis in (1, 0))
-    if len(rows) == 0:
-        raise UserError(f"{path}: fully transparent; delete the cache, run again")
-    image = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
+    x, y, width, height = cv2.boundingRect((image[:, :, 3] > 20).astype(np.uint8))
+    require(width > 0, f"{path}: fully transparent; delete the cache, run again")
+    image = image[y : y + height, x : x + width].astype(np.float32)
     image[:, :, :3] *= image[:, :, 3:] / 255
     levels = [_shrink(image, min(1.0, max_side / max(image.shape[:2])))]
     while min(levels[-1].shape[:2]) >= 16:

@@ -236,8 +236,7 @@ def pose(
     mirror = 1.0 if rng.random() < 0.5 else -1.0
     shear, squeeze = rng.uniform(-0.15, 0.15), rng.uniform(0.85, 1.15)
     keystone = rng.uniform(-0.12, 0.12)
-    linear = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    linear = linear @ np.array([[mirror * squeeze, shear], [0, 1 / squeeze]])
+    linear = scene.rotation(turn) @ np.array([[mirror * squeeze, shear], [0, 1 / squeeze]])
     moved = [
         [
             points * (1 + keystone * points[:, 1:]) ** np.array([1, 0]) @ linear.T

@@ -187,18 +187,35 @@ def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
+def rotation(angle: float) -> np.ndarray:
+    """Return the matrix (2, 2) that turns a column (x, y) by an angle in radians."""
+    return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+
+
+def warped(image: np.ndarray, matrix: np.ndarray, interpolation: int) -> np.ndarray:
+    """Return a picture under a linear map (2, 2), centred on a canvas that holds all of it."""
+    height, width = image.shape[:2]
+    columns, rows = (int(side) + 2 for side in np.ceil(np.abs(matrix) @ (width, height)))
+    shift = np.array([columns, rows]) / 2 - matrix @ (width / 2, height / 2)
+    warp = np.concatenate([matrix, shift[:, None]], axis=1)
+    return cv2.warpAffine(image, warp, (columns, rows), flags=interpolation)
+
+
 # -- composition ----------------------------------------------------------------------------------
 
 
-def _overlap(item: Placed, shape: tuple[int, int]) -> tuple[slice, slice, slice, slice]:
-    """Return rows and columns in the picture, then rows and columns in the sprite."""
+Window = tuple[slice, slice]
+"""Rows and columns."""
+
+
+def _overlap(item: Placed, shape: tuple[int, int]) -> tuple[Window, Window]:
+    """Return where an item lies in the picture, and which part of its sprite that is."""
     height, width = item.sprite.alpha.shape
     top, left = max(item.y, 0), max(item.x, 0)
     bottom = max(top, min(item.y + height, shape[0]))
     right = max(left, min(item.x + width, shape[1]))
-    rows, columns = slice(top, bottom), slice(left, right)
-    inner_rows = slice(top - item.y, bottom - item.y)
-    return rows, columns, inner_rows, slice(left - item.x, right - item.x)
+    inner = slice(top - item.y, bottom - item.y), slice(left - item.x, right - item.x)
+    return (slice(top, bottom), slice(left, right)), inner
 
 
 def settle(
@@ -218,12 +235,12 @@ def settle(
         free = np.ones(shape, dtype=np.float32)
         masks: dict[int, np.ndarray] = {}
         for i in range(len(stay) - 1, -1, -1):
-            rows, columns, inner_rows, inner_columns = _overlap(stay[i], shape)
-            alpha = stay[i].sprite.alpha[inner_rows, inner_columns]
+            outer, inner = _overlap(stay[i], shape)
+            alpha = stay[i].sprite.alpha[inner]
             if stay[i].label != CLUTTER:
                 masks[i] = np.zeros(shape, dtype=bool)
-                masks[i][rows, columns] = alpha * free[rows, columns] > _SOLID
-            free[rows, columns] *= 1 - alpha
+                masks[i][outer] = alpha * free[outer] > _SOLID
+            free[outer] *= 1 - alpha
         seen = {i: int(masks[i].sum()) for i in masks}
         whole = {i: int((stay[i].sprite.alpha > _SOLID).sum()) for i in masks}
         hidden = [i for i in masks if seen[i] < max(MIN_VISIBLE * whole[i], 4)]
@@ -234,7 +251,7 @@ def settle(
     for i in sorted(masks):
         columns, rows = (np.flatnonzero(masks[i].any(axis=axis)) for axis in (0, 1))
         box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-        inside = stay[i].sprite.alpha[_overlap(stay[i], shape)[2:]] > _SOLID
+        inside = stay[i].sprite.alpha[_overlap(stay[i], shape)[1]] > _SOLID
         truncated, visible = int(inside.sum()) < whole[i], seen[i] / whole[i]
         tiny = max(box[2] - box[0], box[3] - box[1]) < DIFFICULT_SIDE_PX
         difficult = visible < DIFFICULT_VISIBLE or tiny
@@ -272,13 +289,11 @@ def paint(
             dark = cv2.blur(np.pad(item.sprite.alpha, radius), (2 * radius + 1, 2 * radius + 1))
             x = item.x - radius + round(shadow[0] * size)
             y = item.y - radius + round(shadow[1] * size)
-            ghost = Placed(Sprite(dark, dark), x, y)
-            rows, columns, inner_rows, inner_columns = _overlap(ghost, shape)
-            canvas[rows, columns] *= 1 - shadow[2] * dark[inner_rows, inner_columns, None]
-        rows, columns, inner_rows, inner_columns = _overlap(item, shape)
-        alpha = item.sprite.alpha[inner_rows, inner_columns, None]
-        patch = canvas[rows, columns]
-        patch += alpha * (item.sprite.image[inner_rows, inner_columns] - patch)
+            outer, inner = _overlap(Placed(Sprite(dark, dark), x, y), shape)
+            canvas[outer] *= 1 - shadow[2] * dark[inner][..., None]
+        outer, inner = _overlap(item, shape)
+        patch = canvas[outer]
+        patch += item.sprite.alpha[inner][..., None] * (item.sprite.image[inner] - patch)
     return canvas
 
 

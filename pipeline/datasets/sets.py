@@ -20,34 +20,27 @@ from common.errors import UserError, require
 from common.files import held, read_json, read_record_or_none, write_json
 
 
-def fetched(names: Sequence[str], cache: Path, size: str) -> list[Path]:
-    """The .deb files of packages in a cache; what is missing there is fetched first.
+def _fetch(names: Sequence[str], cache: Path, size: str) -> None:
+    """Download packages into a cache; `size`: how much all of them are, for people.
 
-    Args:
-        names: Of the packages.
-        cache: Folder for the .deb files.
-        size: How much all of them are, for people.
     Raises:
         UserError: If apt-get is absent or fails.
     """
-    missing = [name for name in names if newest_package(cache, name) is None]
-    if missing:
-        by_hand = "fetch the packages on a Debian or Ubuntu machine and give their folder"
-        if shutil.which("apt-get") is None:
-            raise UserError(f"apt-get is not on this system: {by_hand}, or use the procedural set")
-        cache.mkdir(parents=True, exist_ok=True)
-        print(f"fetching {', '.join(missing)} ({size}) into {cache}", flush=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            command = ["apt-get", "download", "-q", *missing]
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise UserError(
-                    f"apt-get download {' '.join(missing)} failed ({done.stderr.strip()}); "
-                    f"run `apt-get update` as root and try again, or {by_hand}"
-                )
-            for path in Path(folder).glob("*.deb"):
-                os.replace(path, cache / path.name)
-    return [path for name in names if (path := newest_package(cache, name))]
+    by_hand = "fetch the packages on a Debian or Ubuntu machine and give their folder"
+    if shutil.which("apt-get") is None:
+        raise UserError(f"apt-get is not on this system: {by_hand}, or use the procedural set")
+    cache.mkdir(parents=True, exist_ok=True)
+    print(f"fetching {', '.join(names)} ({size}) into {cache}", flush=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        command = ["apt-get", "download", "-q", *names]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(
+                f"apt-get download {' '.join(names)} failed ({done.stderr.strip()}); "
+                f"run `apt-get update` as root and try again, or {by_hand}"
+            )
+        for path in Path(folder).glob("*.deb"):
+            os.replace(path, cache / path.name)
 
 
 def newest_package(folder: Path, name: str) -> Path | None:
@@ -94,18 +87,19 @@ def packages_in(
     Raises:
         UserError: If packages cannot be had.
     """
-    if packages_dir is None:
-        return fetched(names, cache, size)
-    if (packages_dir / "usr/share").is_dir():
+    if packages_dir is not None and (packages_dir / "usr/share").is_dir():
         return [packages_dir]
-    missing = [name for name in names if newest_package(packages_dir, name) is None]
+    folder = packages_dir or cache
+    missing = [name for name in names if newest_package(folder, name) is None]
+    if packages_dir is None and missing:
+        _fetch(missing, cache, size)
     require(
-        not missing,
+        packages_dir is None or not missing,
         f"--packages-dir {packages_dir}: {len(missing)} of {len(names)} packages are missing "
         f"({', '.join([*missing[:4], *['..'][: len(missing) > 4]])}); fetch them with "
         f"`apt-get download {' '.join(missing)}`",
     )
-    return [path for name in names if (path := newest_package(packages_dir, name))]
+    return [path for name in names if (path := newest_package(folder, name))]
 
 
 def unpack_library(

@@ -261,12 +261,10 @@ def pretraining_pictures(folder: Path, album: Album) -> list[tuple[str, str, str
         picture = album.add(path, 1200)
         if picture is None:
             continue
-        described = files.read_record_or_none(path.with_suffix(".json"), {"rows": list}) or {
-            "rows": []
-        }
-        rows = [row for row in described["rows"] if files.has_form(row, {"neighbour_labels": list})]
-        known = [(row["query_label"], row["neighbour_labels"])
-                 for row in rows if row.get("query_label") is not None]  # fmt: skip
+        described = files.read_record_or_none(path.with_suffix(".json"), {"rows": list}) or {}
+        known = [(row["query_label"], row["neighbour_labels"]) for row in described.get("rows", ())
+                 if files.has_form(row, {"neighbour_labels": list})
+                 and row.get("query_label") is not None]  # fmt: skip
         if known:
             same = sum(labels.count(query) for query, labels in known)
             count = sum(len(labels) for _, labels in known)

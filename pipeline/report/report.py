@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import re
 import sys
@@ -24,6 +25,7 @@ from markupsafe import Markup
 from common import errors
 from common.files import (
     NUMBER,
+    Form,
     check_out_folder,
     has_form,
     is_number,
@@ -42,34 +44,11 @@ from pipeline.results import Detection
 
 HERE = Path(__file__).resolve().parent
 DASH = "\u2013"
-CURVES = {  # title, what it says and what to hope for, whether its axis starts at 0
-    "loss": ("Loss", "What is minimised; hope for a fall that flattens, without leaps.", False),
-    "knn_top1": ("kNN top-1", "A nearest-neighbour probe on unseen pictures; hope that it rises "
-                 "far above its start.", True),
-    "feature_std": ("Feature deviation", "Hope for a steady value; near 0 all have collapsed.",
-                    True),
-    "effective_rank": ("Effective rank", "Directions that the features use; hope for many.", False),
-    "positive_cosine": ("Cosine of positives", "Two views of one picture; hope for near 1.", False),
-    "negative_cosine": ("Cosine of negatives", "Two pictures; hope for near 0, far below the "
-                        "positives.", False),
-    "fa_cosine": ("FA cosine", "Augmented features and their originals; hope for high, below 1.",
-                  False),
-    "neighbour_age": ("Age of neighbours", "Steps since the nearest entry came in; hope for a "
-                      "steady value.", True),
-    "self_hit_rate": ("Self-hits", "Nearest entries of the same picture; hope for few.", True),
-    "neighbour_label_agreement": ("Labels of neighbours", "Share of its class; hope for a rise.",
-                                  True),
-    "images_per_second": ("Images per second", "Hope for a level line: nothing waits.", True),
-}  # fmt: skip
-ERROR_KINDS = {
-    "correct": "right class, overlap above 0.5, the first on its object",
-    "localisation": "right class, overlap from 0.1 to 0.5",
-    "confusion": "overlap above 0.5 with an object of another class",
-    "both": "overlap from 0.1 to 0.5 with an object of another class",
-    "duplicate": "a better-scored detection has the object already",
-    "background": "overlap below 0.1 with every object",
-    "missed": "an object that none of the detections matches",
-}
+ERROR_KINDS = (
+    *("correct", "localisation", "confusion", "both", "duplicate", "background"),
+    "missed",  # an object, not a detection
+)
+"""The template says what they are."""
 GRAVITY = ("failed", "damaged", "alarm", "replaced", "left out", "not run", "noted")
 """Kinds of entries in "Skipped or failed", gravest first."""
 MOST_VARIANTS = 6  # whose curves and pictures are shown; a study has more
@@ -115,9 +94,9 @@ def precision_curves(arms: Arms) -> dict[str, charts.Line]:
     """Arm -> (recall, precision at an overlap of 0.5), mean over classes and seeds."""
     found = {}
     for arm, folders in arms.items():
-        files = [_formatted(folder / "pr.json", "fa-pr-1") for folder in folders]
-        tables = [file["classes"] for file in files if has_form(file, {"classes": dict})]
-        curves = [curve["0.50"].get("precision") for table in tables for curve in table.values()
+        files = _contents(folders, "pr.json", "fa-pr-1", {"classes": dict})
+        curves = [curve["0.50"].get("precision") for file in files
+                  for curve in file["classes"].values()
                   if has_form(curve, {"0.50": dict})]  # fmt: skip
         known = [curve for curve in curves if isinstance(curve, list) and len(curve) == 101
                  and all(map(is_number, curve))]  # fmt: skip
@@ -137,13 +116,10 @@ def _mean(values: Iterable[Any]) -> float | None:
     return mean_std([value for value in values if is_number(value)])["mean"]
 
 
-_ERRORS = {"num_objects": int, "best_scored": dict, "AP50_gained": dict}
-
-
-def _formatted(path: Path, form: str) -> dict[str, Any]:
-    """A file's content if it is of the right form, else nothing."""
-    content = read_record_or_none(path) or {}
-    return content if content.get("format") == form else {}
+def _contents(folders: Iterable[Path], name: str, kind: str, form: Form) -> list[dict[str, Any]]:
+    """What the files of a name hold, but for those that are of another format or form."""
+    found = (read_record_or_none(folder / name, {"format": str, **form}) for folder in folders)
+    return [content for content in found if content and content["format"] == kind]
 
 
 def error_rows(arms: Arms) -> list[dict[str, Any]]:
@@ -151,11 +127,9 @@ def error_rows(arms: Arms) -> list[dict[str, Any]]:
 
     `counts`: of the best-scored ones by kind, and `missed`; `gained`: AP50 if a kind were mended.
     """
-    found = []
+    form, found = {"num_objects": int, "best_scored": dict, "AP50_gained": dict}, []
     for arm, folders in arms.items():
-        files = [_formatted(folder / "errors.json", "fa-errors-1") for folder in folders]
-        tables = [table for table in files if has_form(table, _ERRORS)]
-        if tables:
+        if tables := _contents(folders, "errors.json", "fa-errors-1", form):
             row = {"title": results.arm_title(arm), "n": len(tables)}
             row["num_objects"] = tables[0]["num_objects"]
             for name, key in (("counts", "best_scored"), ("gained", "AP50_gained")):
@@ -173,8 +147,7 @@ def confusion(folders: Sequence[Path]) -> tuple[list[str], list[list[float]]] | 
         None without `errors.json`.
     """
     form = {"classes": dict, "confusions": list}
-    files = [_formatted(folder / "errors.json", "fa-errors-1") for folder in folders]
-    files = [file for file in files if has_form(file, form)]
+    files = _contents(folders, "errors.json", "fa-errors-1", form)
     own = {"num_objects": int, "best_scored": dict}
     tables = [{name: row["best_scored"] for name, row in file["classes"].items()
                if has_form(row, own)} for file in files]  # fmt: skip
@@ -369,16 +342,9 @@ def context(out: Path) -> dict[str, Any]:
         "difference_chart": difference_chart,
         "arms": [results.arm_title(arm) for arm in detection],
         "class_rows": class_rows(detection),
-        "ap_charts": [
-            (charts.line_chart("AP50 over training", ap_curves(arms), "iterations",
-                               from_zero=True),
-             "Hope for lines that rise and flatten; one that still rises was stopped too early. Of "
-             "several seeds the mean and a standard deviation."),
-            (charts.line_chart("Precision over recall", precision_curves(arms), "recall",
-                               from_zero=True),
-             "Hope for lines near the upper right corner: all found, nothing false. Overlap above "
-             "0.5; mean over classes and seeds."),
-        ],
+        "line_chart": charts.line_chart,
+        "ap_curves": ap_curves(arms),
+        "precision_curves": precision_curves(arms),
         "published": (read_record_or_none(out / "results.json") or {}).get("published"),
         "published_metrics": results.METRICS,
         "kinds": ERROR_KINDS,
@@ -386,11 +352,7 @@ def context(out: Path) -> dict[str, Any]:
         "confusions": confusion_charts(arms),
         "other_sets": found.get("other_sets"),
         "pretrainings": by_variant,
-        "curves": [
-            (title, about, charts.line_chart(title, pretraining_curves(few, key), "epoch",
-                                             from_zero=from_zero))
-            for key, (title, about, from_zero) in CURVES.items()
-        ],
+        "curves_of": functools.partial(pretraining_curves, few),
         "alarms": [item for item in items if item.kind == "alarm"],
         "pretraining_pictures": {label: pictures.pretraining_pictures(found[0].folder, album)
                                  for label, found in few.items()},

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import dotted, read_yaml
-from common.errors import UserError
+from common.errors import UserError, require
 from common.files import (
     LOCK,
     NUMBER,
@@ -82,8 +82,7 @@ def find(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: If there is no such folder.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; name the one that holds the runs, e.g. runs")
+    require(folder.is_dir(), f"{folder} is no folder; name the one that holds the runs, e.g. runs")
     for place, folders, files in os.walk(folder):
         folders.sort()
         if LINEAR in files:

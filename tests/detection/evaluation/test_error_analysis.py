@@ -18,8 +18,7 @@ def by_hand(*found: tuple[int, float, tuple[float, ...]], difficult: bool = Fals
     detections = Detections(
         np.zeros(len(found), dtype=int), np.array(labels), np.array(boxes), np.array(scores)
     )
-    verdicts = judge(objects, detections)
-    return error_table(objects, detections, verdicts, ["cat", "dog"], 1, 2012)
+    return error_table(judge(objects, detections), ["cat", "dog"], 1, 2012)
 
 
 CAT, DOG = (1.0, 1.0, 100.0, 100.0), (201.0, 1.0, 300.0, 100.0)
@@ -52,7 +51,7 @@ def test_missed_object_by_hand() -> None:
         np.array([0, 1]), np.array([0, 0]), np.array([CAT, CAT]), np.zeros(2, dtype=bool)
     )
     detections = Detections(np.array([0]), np.array([0]), np.array([CAT]), np.array([0.9]))
-    table = error_table(objects, detections, judge(objects, detections), ["cat"], 2, 2012)
+    table = error_table(judge(objects, detections), ["cat"], 2, 2012)
     assert (table["all"]["missed"], table["all"]["unseen"]) == (1, 1)
     assert table["AP50"] == pytest.approx(50)
     assert table["AP50_gained"]["missed"] == pytest.approx(50)
@@ -74,12 +73,12 @@ def test_nothing_found_and_no_objects() -> None:
     objects = Objects(np.array([0]), np.array([0]), np.array([CAT]), np.array([False]))
     empty = np.array([], dtype=int)
     none = Detections(empty, empty, np.empty((0, 4)), np.empty(0))
-    table = error_table(objects, none, judge(objects, none), ["cat"], 1, 2012)
+    table = error_table(judge(objects, none), ["cat"], 1, 2012)
     assert table["AP50"] == 0
     assert table["best_scored"]["missed"] == table["all"]["unseen"] == 1
     bare = Objects(empty, empty, np.empty((0, 4)), np.empty(0, dtype=bool))
     one = Detections(np.array([0]), np.array([0]), np.array([CAT]), np.array([0.5]))
-    table = error_table(bare, one, judge(bare, one), ["cat"], 1, 2012)
+    table = error_table(judge(bare, one), ["cat"], 1, 2012)
     assert table["AP50"] is None
     assert table["AP50_gained"]["background"] is None
     assert table["all"]["background"] == 1

@@ -143,7 +143,7 @@ def test_errors_are_measured_against_the_same_ap50(tmp_path: Path, year: int) ->
     ]
     result = metric(voc, detections)
     objects, found = objects_of(voc.test, voc.classes), collect(voc.test, detections).in_voc()
-    table = error_table(objects, found, judge(objects, found), voc.classes, 12, year)
+    table = error_table(judge(objects, found), voc.classes, 12, year)
     mean = np.mean([row.ap50 for row in result.values()])
     assert 0 < mean < 100
     assert table["AP50"] == pytest.approx(mean, abs=1e-9)
