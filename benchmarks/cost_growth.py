@@ -379,7 +379,7 @@ def features(scale: Scale) -> Costs:
                 run = build_run(folder, scale.step, "cpu", 0, own)
                 arms[num] = Ours(run, random_views(scale.step, run.device))
                 losses[num] = partial(clock, loss_alone(run.task.model, scale))
-                with saved_tensors_hooks(*counting(sizes := {})):
+                with storages_kept() as sizes:
                     loss_alone(run.task.model, scale)()
                 kept.append(sum(sizes.values()) / MEBIBYTE)
             steps = {num: partial(clock, partial(arm.steps, 1)) for num, arm in arms.items()}
@@ -403,16 +403,17 @@ def loss_alone(model: FAContrastive, scale: Scale) -> Callable[[], None]:
     return step
 
 
-def counting(
-    sizes: dict[int, int],
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Hooks that note the bytes of each storage that a graph keeps."""
+@contextmanager
+def storages_kept() -> Iterator[dict[int, int]]:
+    """The bytes of each storage that a graph keeps, which is made in this context."""
+    sizes: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
         sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    return pack, lambda x: x
+    with saved_tensors_hooks(pack, lambda x: x):
+        yield sizes
 
 
 # -- epochs ---------------------------------------------------------------------------------------

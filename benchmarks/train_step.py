@@ -287,7 +287,7 @@ class LoopLARS(torch.optim.Optimizer):
                 w.add_(state["velocity"], alpha=-group["lr"])
 
 
-class Convolutions:
+class Convolutions(TorchDispatchMode):
     """The convolutions of a step, forward and backward, on the tensors that they were given.
 
     Args:
@@ -295,29 +295,24 @@ class Convolutions:
     """
 
     def __init__(self, ours: Ours) -> None:
+        super().__init__()
         self.calls: list[partial[Any]] = []
-        with _ConvolutionRecorder(self.calls):
+        with self:
             ours.steps(1)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        call, aten = partial(func, *args, **(kwargs or {})), torch.ops.aten
+        if func.overloadpacket in (aten.convolution, aten.convolution_backward):
+            self.calls.append(call)
+        return call()
 
     def steps(self, num: int) -> None:
         """So many times those of one step."""
         for _ in range(num):
             for call in self.calls:
                 call()
-
-
-class _ConvolutionRecorder(TorchDispatchMode):
-    def __init__(self, calls: list[partial[Any]]) -> None:
-        super().__init__()
-        self._calls = calls
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        aten = torch.ops.aten
-        if func.overloadpacket in (aten.convolution, aten.convolution_backward):
-            self._calls.append(partial(func, *args, **(kwargs or {})))
-        return func(*args, **(kwargs or {}))
 
 
 Arm = Ours | Rival

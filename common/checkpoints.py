@@ -8,8 +8,6 @@ Memory and time stay in proportion to the file. Damage is seen by our checkpoint
 the CRCs of the zip archive.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import io

@@ -8,8 +8,6 @@ new one is a new file, and nothing else changes. The name of a class is the name
 that a registry lists its names from the folder and imports nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

@@ -23,8 +23,8 @@ from common.lazy import torch
 
 MAX_MESSAGE = 8000  # characters
 MAX_LISTED = 20  # names in a message
+# The only word of a call that checks many: standard input holds a JSON list of argument lists.
 EACH = "--check-each"
-"""The only word of a call that checks many: standard input holds a JSON list of argument lists."""
 
 
 class UserError(ValueError):

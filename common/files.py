@@ -32,11 +32,11 @@ from typing import IO, Any, BinaryIO, TypeGuard
 
 from common.errors import UserError
 
+# Keys that a JSON object must have, and the types of their values.
 Form = Mapping[str, type | tuple[type, ...]]
-"""Keys that a JSON object must have, and the types of their values."""
 NUMBER = (int, float)
+# In a folder while a program works there; a killed one leaves the file, but holds no lock.
 LOCK = ".lock"
-"""In a folder while a program works there; a killed one leaves the file, but holds no lock."""
 TEMPORARY_SUFFIX = ".partial"
 MAX_TEXT_BYTES = 256 << 20  # a list of ImageNet's 1.3 million pictures has 50 MB
 MAX_JSON_BYTES = 2 << 30  # COCO's instances_train2017.json has 450 MB
@@ -47,8 +47,8 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
+# How long `held` waits: a process that was killed may still be going.
 HOLD_SECONDS = 5.0
-"""How long `held` waits: a process that was killed may still be going."""
 _BOMS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # begins as UTF-16's
     (codecs.BOM_UTF32_BE, "utf-32"),

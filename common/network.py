@@ -5,9 +5,8 @@ from __future__ import annotations
 import common.startup  # noqa: F401  (before torchvision)
 
 # isort: split
-import contextlib
 from collections.abc import Iterator
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ class _NoDraws(TorchFunctionMode):
         return args[0] if is_draw else func(*args, **(kwargs or {}))
 
 
-@contextlib.contextmanager
+@contextmanager
 def shapes_alone() -> Iterator[None]:
     """Modules made in this context have no values, on the device "meta", and draw none.
 
@@ -133,10 +132,11 @@ class ResNet(nn.Module):
         for stage in range(4):
             layer = self.get_submodule(f"layer{stage + 1}")
             if self.checkpoints_stages and torch.is_grad_enabled():
-                contexts = partial(_first_and_second_pass, layer)
-                x = checkpoint(  # no stage draws random numbers
-                    layer, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-                )
+                x = checkpoint(
+                    layer, x, use_reentrant=False,
+                    preserve_rng_state=False,  # no stage draws random numbers
+                    context_fn=lambda layer=layer: (nullcontext(), _standing_statistics(layer)),
+                )  # fmt: skip
             else:
                 x = layer(x)
             maps[f"res{stage + 2}"] = x
@@ -151,13 +151,7 @@ class ResNet(nn.Module):
         return res5 if as_map is True else self.fc(torch.flatten(self.avgpool(res5), 1))
 
 
-def _first_and_second_pass(
-    layer: nn.Module,
-) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    return contextlib.nullcontext(), _standing_statistics(layer)
-
-
-@contextlib.contextmanager
+@contextmanager
 def _standing_statistics(layer: nn.Module) -> Iterator[None]:
     """BN normalises as ever and keeps what it kept, but running statistics stay as they are.
 

@@ -4,8 +4,6 @@ As a program, `parent_death.py PARENT_PID COMMAND ...` becomes COMMAND, which th
 its parent dies (Linux). Python code between fork and exec is not safe in a parent with threads.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

@@ -5,8 +5,6 @@ draw. An interval says how far figures of these models move with the pictures. I
 other seeds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,8 @@ FILE_FORMAT = "fa-draws-1"
 METRICS = ("AP", "AP50", "AP75")
 _MADE_WITH: Form = {"data_sha256": str, "model_sha256": str, "num_test_images": int}
 
+# Metric -> (NUM_DRAWS,) percent; NaN where a draw holds no object that counts.
 Draws = Mapping[str, np.ndarray]
-"""Metric -> (NUM_DRAWS,) percent; NaN where a draw holds no object that counts."""
 
 
 def draw_pictures(num_pictures: int) -> np.ndarray:

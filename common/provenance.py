@@ -1,7 +1,5 @@
 """Where a result comes from: commit, versions, machine, memory."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib.metadata

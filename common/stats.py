@@ -1,7 +1,5 @@
 """Paired comparisons over seeds: intervals, tests, Holm's correction, verdicts by one rule."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping, Sequence

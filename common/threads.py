@@ -4,8 +4,6 @@ The threads of one computation wait for each other several hundred times a step.
 holds one of their cores, each wait lasts until the scheduler comes round (docs/detection.md).
 """
 
-from __future__ import annotations
-
 import math
 import os
 import sys

@@ -10,8 +10,6 @@ Several processes: NPROC=8 tools/pretrain.sh ... starts them with torchrun.
 --print-config shows every key, with its value after all overrides.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import sys

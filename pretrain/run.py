@@ -1,7 +1,5 @@
 """A run put together from its config: device, batches, model, optimiser, callbacks, trainer."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from functools import partial

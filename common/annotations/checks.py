@@ -1,12 +1,13 @@
 """What every format checks and repairs: a picture's size and orientation, and the boxes on it.
 
 Faults are collected, so that one message names several; repairs are counted, so that they are said.
+Pictures and annotations are found here too, and which belong together.
 """
 
 import contextlib
 import math
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,7 +15,8 @@ from typing import Any, TypeVar
 
 from common.annotations.record import Box
 from common.errors import UserError
-from common.pictures import MIRRORED, UPSIDE_DOWN, BadPicture, read_shape
+from common.files import walk
+from common.pictures import MIRRORED, PICTURE_SUFFIXES, UPSIDE_DOWN, BadPicture, read_shape
 
 MAX_FAULTS = 10  # that one message names
 _BEYOND = 1.0  # pixels: tools that count corners from 0 or to W + 1 reach so far outside
@@ -241,6 +243,67 @@ def leads_out(name: str) -> bool:
     """Whether a name of a list or an annotation is no path below a folder."""
     path = PurePosixPath(name)
     return path.is_absolute() or ".." in path.parts or not path.parts
+
+
+class FolderFiles:
+    """The pictures below a folder, the files of one suffix that annotate them, and the others.
+
+    Paths are relative to the folder.
+    """
+
+    def __init__(self, root: Path, suffix: str) -> None:
+        """List the folder once."""
+        self.root = root
+        self.pictures: list[PurePosixPath] = []
+        self.annotations: list[PurePosixPath] = []
+        self.others: list[PurePosixPath] = []
+        for file in walk(root):
+            path = PurePosixPath(file.relative_to(root).as_posix())
+            if path.suffix.lower() in PICTURE_SUFFIXES:
+                self.pictures.append(path)
+            elif path.suffix.lower() == suffix:
+                self.annotations.append(path)
+            else:
+                self.others.append(path)
+        self._folders = {picture.parent for picture in self.pictures}
+        self._by_name: defaultdict[str, list[PurePosixPath]] = defaultdict(list)
+        for picture in self.pictures:
+            for key in (picture.stem, picture.name):
+                self._by_name[composed(key)].append(picture)
+
+    def picture_of(self, annotation: PurePosixPath, told: str = "") -> list[PurePosixPath]:
+        """The pictures that an annotation can belong to; one if it is clear.
+
+        Args:
+            annotation: a/b.xml: b.jpg in the same folder, or the nearest if that has no pictures.
+            told: File name in the annotation; it decides between pictures, or is all there is.
+        """
+        told = told.replace("\\", "/").rpartition("/")[2].strip()
+        named = [self._by_name.get(composed(name), []) for name in (annotation.stem, told)]
+        if annotation.parent in self._folders:
+            named = [[x for x in own if x.parent == annotation.parent] for own in named]
+        named = named[0] or named[1]
+
+        def likeness(picture: PurePosixPath) -> tuple[int, bool]:
+            return (
+                num_common(picture.parts[:-1], annotation.parts[:-1]),
+                composed(picture.name) == composed(told),
+            )
+
+        best = max(map(likeness, named), default=None)
+        return [picture for picture in dict.fromkeys(named) if likeness(picture) == best]
+
+
+def num_common(a: tuple[str, ...], b: tuple[str, ...]) -> int:
+    """How many folders two paths share at their beginning, and at their end after these."""
+    start = _num_equal(a, b)
+    return start + _num_equal(a[start:][::-1], b[start:][::-1])
+
+
+def _num_equal(a: tuple[str, ...], b: tuple[str, ...]) -> int:
+    """How many parts are equal before the first two that differ."""
+    different = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(different, min(len(a), len(b)))
 
 
 def written_number(text: str) -> float:

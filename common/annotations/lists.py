@@ -118,7 +118,15 @@ def assemble(
 
     def loaded(one: str) -> record.LabelledSplit:
         split = load(one)
-        return _decoding(split, findings) if choice.decodes or choice.max_left_out else split
+        if not (choice.decodes or choice.max_left_out):
+            return split
+        # Pictures that do not decode are left out.
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            faults = list(pool.map(fault_of, [picture.file for picture in split.pictures]))
+        for fault in filter(None, faults):
+            findings.leave_out(UserError(f"{fault}; replace the picture"), PICTURE)
+        kept = (x for x, fault in zip(split.pictures, faults, strict=True) if fault is None)
+        return replace(split, pictures=tuple(kept))
 
     read: dict[str, record.LabelledSplit] = {}
     roles = usual or _roles(root, lists, choice)
@@ -196,16 +204,6 @@ def assemble(
         left_out=findings.all_left_out(),
         faults=tuple(line.replace(f"{root}{os.sep}", "") for line in findings.lines()),
     )
-
-
-def _decoding(split: record.LabelledSplit, findings: Findings) -> record.LabelledSplit:
-    """A list without the pictures that do not decode; these are counted."""
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        faults = list(pool.map(fault_of, [picture.file for picture in split.pictures]))
-    for fault in filter(None, faults):
-        findings.leave_out(UserError(f"{fault}; replace the picture"), PICTURE)
-    kept = (x for x, fault in zip(split.pictures, faults, strict=True) if fault is None)
-    return replace(split, pictures=tuple(kept))
 
 
 def _copied(trained: Collection[Path], tested: Collection[Path]) -> dict[Path, Path]:

@@ -16,14 +16,13 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common.errors import UserError, require
-from common.files import lock_file, locked, unlock
+from common.files import locked
 from pretrain.data.random_numbers import stable_hash
 from pretrain.data.remote import Patience, RemoteFile, displayed, download, look
 
@@ -306,14 +305,8 @@ class ShardCache:
                     file.truncate(os.fstat(file.fileno()).st_size + extra)
             return True
 
-    @contextlib.contextmanager
-    def _space_lock(self) -> Iterator[None]:
-        with open(self.folder / "space.lock", "ab") as stream:
-            lock_file(stream, self.folder, wait=True)
-            try:
-                yield
-            finally:
-                unlock(stream)
+    def _space_lock(self) -> AbstractContextManager[int | None]:
+        return locked(self.folder / "space.lock", patience=math.inf)
 
     def lock(self, name: str, wait: bool = True) -> AbstractContextManager[int | None]:
         """Hold a lock that other processes and threads see; it dies with its process.

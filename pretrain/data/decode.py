@@ -211,10 +211,7 @@ def draw_crops(
 
 
 def boxes_from_draws(
-    draws: np.ndarray,
-    sizes: np.ndarray,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    draws: np.ndarray, sizes: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> np.ndarray:
     """Boxes as torchvision's RandomResizedCrop draws them: some attempts, then a central box.
 

@@ -1,7 +1,5 @@
 """From the config to augmented views on the device: loader, transfer, photometric changes."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """What pretraining trains: the contrastive model, one step of it, and its part of a checkpoint."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

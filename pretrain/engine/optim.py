@@ -1,7 +1,5 @@
 """Optimisers, parameter groups and schedules."""
 
-from __future__ import annotations
-
 # pyright: reportPrivateImportUsage=false
 import math
 from collections.abc import Iterable

@@ -6,8 +6,6 @@ with ``torch.profiler.record_function``. Queues are filled with random features 
 costs what it costs in a long run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import time

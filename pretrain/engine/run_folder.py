@@ -129,8 +129,8 @@ class RunFolder(Callback):
 
 # -- rows --
 
+# In the run folder: the id of the W&B run, so that a resumed run continues it.
 WANDB_ID_FILE = "tracking.json"
-"""In the run folder: the id of the W&B run, so that a resumed run continues it."""
 
 
 def check_wandb(config: TrackingConfig) -> None:

@@ -1,7 +1,5 @@
 """Features of pictures in files, folders and shards, upright, in their order."""
 
-from __future__ import annotations
-
 import json
 import sys
 import threading

@@ -29,9 +29,8 @@ from pretrain.engine.trainer import Callback, StepResult
 from pretrain.features.memory_bank import top_k
 
 _LOWEST_TEMPERATURE = 1e-30  # float32 holds it; the nearest entry alone decides
-QUERY_CHUNK = 512
-BANK_CHUNK = 8192
-"""Rows compared together: similarities never take more than 512 x 8192 x 4 bytes, 17 MB."""
+# Rows compared together: similarities never take more than 512 x 8192 x 4 bytes, 17 MB.
+QUERY_CHUNK, BANK_CHUNK = 512, 8192
 WORKERS_FROM = 20_000  # pictures; to start workers costs as much as to decode some hundred
 
 

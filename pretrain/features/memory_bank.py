@@ -251,10 +251,7 @@ class SupportQueue(nn.Module):
 
     @torch.no_grad()
     def report(
-        self,
-        indices: Int[Tensor, " n"],
-        sample_ids: Int[Tensor, " n"],
-        labels: Int[Tensor, " n"],
+        self, indices: Int[Tensor, " n"], sample_ids: Int[Tensor, " n"], labels: Int[Tensor, " n"]
     ) -> dict[str, float]:
         """Figures on the neighbours that were found; to be asked before the next ``put``.
 

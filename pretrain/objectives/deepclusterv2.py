@@ -111,11 +111,7 @@ class DeepClusterV2(Objective):
 
 
 def spherical_kmeans(
-    x: Float[Tensor, "m d"],
-    *,
-    num_clusters: int,
-    num_iterations: int,
-    generator: torch.Generator,
+    x: Float[Tensor, "m d"], *, num_clusters: int, num_iterations: int, generator: torch.Generator
 ) -> tuple[Float[Tensor, "K d"], Int[Tensor, " m"]]:
     """k-means on the unit sphere, by cosine; the work is shared out among the processes.
 

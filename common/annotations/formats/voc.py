@@ -22,14 +22,7 @@ from typing import Any
 from common.annotations import checks, record
 from common.annotations.lists import assemble
 from common.errors import UserError, unknown
-from common.files import (
-    decode_text,
-    read_json,
-    read_record_or_none,
-    read_regular,
-    read_text,
-    walk,
-)
+from common.files import decode_text, read_json, read_record_or_none, read_regular, read_text, walk
 from common.pictures import PICTURE_SUFFIXES
 
 # The twenty names of the PASCAL VOC challenges 2007 to 2012, in their official order.

@@ -7,9 +7,7 @@ called train, valid or val, and test, are lists.
 
 from pathlib import Path, PurePosixPath
 
-from common.annotations import record
-from common.annotations.checks import ANNOTATION, PICTURE, UNLABELLED, Findings, Unusable
-from common.annotations.files import FolderFiles
+from common.annotations import checks, record
 from common.annotations.formats import voc
 from common.annotations.lists import assemble, by_role, list_reader
 from common.errors import UserError
@@ -29,10 +27,10 @@ def read(root: Path, choice: record.SetChoice) -> record.LabelledSet:
     Classes are those that occur, sorted, unless the choice says them. Pictures without an
     annotation are left out: nobody has labelled them yet.
     """
-    files, findings = FolderFiles(root, ".xml"), Findings(choice.max_left_out)
+    files, findings = checks.FolderFiles(root, ".xml"), checks.Findings(choice.max_left_out)
     pairs: dict[str, tuple[PurePosixPath, voc.Parsed]] = {}
     for path in files.annotations:
-        with findings.leaving_out(ANNOTATION):
+        with findings.leaving_out(checks.ANNOTATION):
             parsed = voc.parse_annotation(root / path)
             found = files.picture_of(path, parsed[1].findtext("filename") or "")
             picture = _one(root / path, found)
@@ -41,7 +39,7 @@ def read(root: Path, choice: record.SetChoice) -> record.LabelledSet:
                                 "keep one of them")  # fmt: skip
             pairs[picture] = path, parsed
     if num_without := len(files.pictures) - len(pairs):
-        findings.ignored[UNLABELLED] += num_without
+        findings.ignored[checks.UNLABELLED] += num_without
     names = {x: (*PurePosixPath(x).parts[:-1], *path.parts[:-1])
              for x, (path, _) in sorted(pairs.items())}  # fmt: skip
     lists = by_role(names, findings)
@@ -61,9 +59,9 @@ def _one(annotation: Path, pictures: list[PurePosixPath]) -> str:
     Raises:
         UserError: If there is none, or several.
     """
-    if not pictures:
-        raise Unusable(PICTURE, f"{annotation}: its picture {annotation.stem} is not there; add it")
-    if len(pictures) > 1:
-        listed = ", ".join(map(str, pictures[:4]))
-        raise Unusable(PICTURE, f"{annotation}: may be of each of {listed}; keep one of them")
-    return pictures[0].as_posix()
+    if len(pictures) == 1:
+        return pictures[0].as_posix()
+    fault = f"its picture {annotation.stem} is not there; add it"
+    if pictures:
+        fault = f"may be of each of {', '.join(map(str, pictures[:4]))}; keep one of them"
+    raise checks.Unusable(checks.PICTURE, f"{annotation}: {fault}")

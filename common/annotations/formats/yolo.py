@@ -17,7 +17,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from common.annotations import checks, record
-from common.annotations.files import FolderFiles
 from common.annotations.lists import assemble, by_role, list_reader, role_of
 from common.config import read_yaml
 from common.errors import UserError
@@ -44,7 +43,7 @@ def recognises(root: Path) -> bool:
         return True
     if not any(path.name in _NAME_FILES for path in walk(root)):
         return False
-    files = FolderFiles(root, ".txt")
+    files = checks.FolderFiles(root, ".txt")
     return any(files.picture_of(path) for path in files.annotations)
 
 
@@ -53,7 +52,7 @@ def read(root: Path, choice: record.SetChoice) -> record.LabelledSet:
 
     A picture without a text file, or with an empty one, has no objects.
     """
-    files, findings = FolderFiles(root, ".txt"), checks.Findings(choice.max_left_out)
+    files, findings = checks.FolderFiles(root, ".txt"), checks.Findings(choice.max_left_out)
     path, content = _settings(root)
     names = _class_names(files, path, content)
     lists = _lists(files, path, content, findings)
@@ -108,7 +107,9 @@ def _settings(root: Path) -> tuple[Path | None, dict[str, Any]]:
     return None, {}
 
 
-def _class_names(files: FolderFiles, path: Path | None, content: dict[str, Any]) -> tuple[str, ...]:
+def _class_names(
+    files: checks.FolderFiles, path: Path | None, content: dict[str, Any]
+) -> tuple[str, ...]:
     """Class names in the order of their numbers: a list, or a map from numbers."""
     if path is None:
         listed = (*files.annotations, *files.others)
@@ -150,7 +151,7 @@ def _whole(value: object) -> int:
 
 
 def _lists(
-    files: FolderFiles, path: Path | None, content: dict[str, Any], findings: checks.Findings
+    files: checks.FolderFiles, path: Path | None, content: dict[str, Any], findings: checks.Findings
 ) -> dict[str, list[PurePosixPath]]:
     """The pictures of every list."""
     root, known = files.root, set(files.pictures)
@@ -225,7 +226,9 @@ def _text_file(root: Path, picture: PurePosixPath) -> Path | None:
     return next((file for place in places if (file := checks.find_file(root / place))), None)
 
 
-def _leave_out_orphans(files: FolderFiles, used: Sequence[Path], findings: checks.Findings) -> None:
+def _leave_out_orphans(
+    files: checks.FolderFiles, used: Sequence[Path], findings: checks.Findings
+) -> None:
     """Leave out the files of boxes whose picture was removed, renamed, or is of no kind we read.
 
     A folder whose files belong to no picture at all, such as one of older labels, is only counted.

@@ -1,7 +1,5 @@
 """What a linear evaluation does: one flat schema, YAML and ``key=value`` overrides."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """One evaluation from sources to ``linear.json``."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from common.backbone import Preprocessing
 from pretrain.config import AdversarialConfig, DataConfig, OptimConfig
 from pretrain.engine.accumulation import Gradients, perturb
 from pretrain.features.augmentations.base import fa_generator
@@ -33,9 +34,11 @@ def pictures():
 
 @pytest.fixture
 def attack():
-    return partial(
-        perturb, epsilon=4.0, num_steps=1, step_size=None, pixel_mean=MEAN, pixel_std=STD
-    )
+    def attacked(loss_of, images, epsilon=4.0, num_steps=1, step_size=None):
+        adversarial = AdversarialConfig(epsilon, num_steps, step_size)
+        return perturb(loss_of, images, adversarial, Preprocessing(MEAN, STD))
+
+    return attacked
 
 
 def linear(weight):
