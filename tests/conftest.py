@@ -1,8 +1,20 @@
 """What holds for every test."""
 
+import gc
 import sys
+from collections.abc import Generator
 
 import pytest
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """All modules are imported here and stay: no collection of garbage looks at them again."""
+    gc.disable()
+    result = yield
+    gc.freeze()
+    gc.enable()
+    return result
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures of any scope
