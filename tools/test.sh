@@ -23,6 +23,7 @@ HELP
 esac
 
 bash tools/setup.sh --quiet
+unset PYTHONDONTWRITEBYTECODE  # else each of many processes compiles all modules anew
 case " $* " in
     "  " | " -m slow ")
         [[ $# -eq 0 ]] && dist=worksteal || dist=loadfile  # slow tests of a file share what they made

@@ -24,7 +24,6 @@ STEP = TINY.split()
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 

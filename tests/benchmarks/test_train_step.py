@@ -22,7 +22,6 @@ TINY = [
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 

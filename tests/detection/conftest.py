@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from common.backbone import IMAGENET, read_backbone
 from common.resnet import Arch
@@ -16,13 +15,10 @@ _ROOT_KEYS = ("SOLVER", "MODEL", "TEST", "INPUT", "DATALOADER")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _programs_have_one_thread() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # programs leave it at that, too
+        patch.setenv("OMP_NUM_THREADS", "1")
         yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

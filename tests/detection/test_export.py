@@ -65,14 +65,20 @@ def folder(make_folder):
     return make_folder("thin_R50_C4")
 
 
+@pytest.fixture(scope="module")
+def make_detector(make_folder):
+    """The detectors of these folders; not to be changed."""
+    return functools.cache(lambda name: load_detector(make_folder(name), device="cpu"))
+
+
 @pytest.fixture
-def detector(folder: Path) -> Detector:
-    return load_detector(folder, device="cpu")
+def detector(make_detector) -> Detector:
+    return make_detector("thin_R50_C4")
 
 
-def test_plain_detectron2_finds_the_same(make_folder, tmp_path):
+def test_plain_detectron2_finds_the_same(make_folder, make_detector, tmp_path):
     """A pyramid from the seed's own files; a C4 detector exported, its extra norm folded."""
-    detectors = [load_detector(make_folder(x), device="cpu") for x in ("R18_FPN", "thin_R50_C4")]
+    detectors = [make_detector("R18_FPN"), make_detector("thin_R50_C4")]
     own = make_folder("R18_FPN")
     export.export_detector(detectors[1], tmp_path / "plain.pth", "detectron2", IMAGES)
     cv2.imwrite(str(tmp_path / "a.png"), IMAGES[2][..., ::-1])
@@ -91,17 +97,16 @@ def test_plain_detectron2_finds_the_same(make_folder, tmp_path):
             assert one.box == pytest.approx(box, abs=1e-2)
 
 
-def test_basic_blocks_have_no_plain_form(make_folder, tmp_path):
-    detector = load_detector(make_folder("R18_C4"), device="cpu")
+def test_basic_blocks_have_no_plain_form(make_detector, tmp_path):
     with pytest.raises(UserError, match="basic blocks"):
-        export.export_detector(detector, tmp_path / "a.pth", "detectron2", IMAGES)
+        export.export_detector(make_detector("R18_C4"), tmp_path / "a.pth", "detectron2", IMAGES)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("to", ["torchscript", "onnx"])
 @pytest.mark.parametrize("name", ["thin_R50_C4", "R18_FPN", "R18_C4"])
-def test_traced_forms_find_the_same_at_every_size(make_folder, name, to, tmp_path):
-    detector = load_detector(make_folder(name), device="cpu")
+def test_traced_forms_find_the_same_at_every_size(make_detector, name, to, tmp_path):
+    detector = make_detector(name)
     out = tmp_path / {"torchscript": "a.pt", "onnx": "a.onnx"}[to]
     if to == "onnx" and not HAS_ONNX:
         with pytest.raises(UserError, match="pip install onnx onnxruntime"):
@@ -130,12 +135,12 @@ def test_a_form_that_computes_something_else_is_not_written(detector, tmp_path, 
 
     monkeypatch.setattr(torch.jit, "load", changed)
     with pytest.raises(UserError, match="nothing was written"):
-        export.export_detector(detector, tmp_path / "a.pt", "torchscript", IMAGES)
+        export.export_detector(detector, tmp_path / "a.pt", "torchscript", IMAGES[:1])
     monkeypatch.undo()
     predictor: Any = detector.model.get_submodule("roi_heads.box_predictor")
-    predictor.test_score_thresh = 1.0
+    monkeypatch.setattr(predictor, "test_score_thresh", 1.0)
     with pytest.raises(UserError, match="finds nothing on the 3 pictures"):
-        export.export_detector(detector, tmp_path / "a.pt", "torchscript", IMAGES)
+        export.export_detector(detector, tmp_path / "a.pth", "detectron2", IMAGES)
     assert not list(tmp_path.iterdir())
 
 

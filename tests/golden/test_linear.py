@@ -33,7 +33,6 @@ FIGURES = (
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ResNet-18 in torchvision's layout whose BN layers have seen some noise."""
-    torch.set_num_threads(1)
     backbone = ResNet(Arch(18, 8, 8, 8)).train()
     fill_weights(backbone)
     noise = np.random.default_rng(5).standard_normal((32, 3, 32, 32), dtype=np.float32)

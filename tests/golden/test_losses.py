@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from pretrain.__main__ import main as pretrain
@@ -19,7 +18,6 @@ RTOL, ATOL = 1e-9, 1e-10  # changing weights by 1e-13 of their value moves losse
 
 @pytest.mark.parametrize("name", CELLS)
 def test_twenty_steps_in_float64(name: str) -> None:
-    torch.set_num_threads(1)
     with float64_is_kept():
         figures, bits = run(CELLS[name])
     check(f"losses-{name}", figures, rtol=RTOL, atol=ATOL, bits=bits)

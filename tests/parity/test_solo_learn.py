@@ -205,7 +205,6 @@ def peer(inputs, tmp_path_factory):
 
 @pytest.mark.parametrize("name", CASES)
 def test_twenty_steps_agree(inputs, peer, name):
-    torch.set_num_threads(1)
     case, given, theirs, losses, states = CASES[name], inputs[name], peer[name], [], []
     with float64_is_kept():
         model = make_model(case)

@@ -29,7 +29,6 @@ NUM = 32
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A folder with ``shards`` and ``run/checkpoint.pth``."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("robustness")
     shards = pack_pictures(folder, NUM, per_shard=NUM)
     config = folder / "config.yaml"

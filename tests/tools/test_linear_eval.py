@@ -26,7 +26,6 @@ CLASSES = ["dark", "light"]
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """Two classes that any network tells apart: dark and light pictures; and weights."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("linear")
     for name, num in (("train", 60), ("val", 20), ("plain", 8)):
         pictures = []

@@ -381,7 +381,6 @@ def test_a_seed_that_goes_on_has_as_many_threads_as_before(
     assert read(tmp_path / "out/seed-0/result.json")["num_threads"] == 1
     assert train("random", "--seeds", "1") == 0
     assert read(tmp_path / "out/seed-1/result.json")["num_threads"] == 2
-    torch.set_num_threads(1)
 
 
 def test_a_protocol_is_scaled_to_one_gpu(train: Callable[..., int], tmp_path: Path) -> None:

@@ -20,14 +20,6 @@ def config_file(request, tmp_path):
     return path
 
 
-@pytest.fixture(autouse=True)
-def restore_threads():
-    """Threads that a run has set would slow all tests that follow."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def start(config_file, shards, tmp_path, capsys):
     """Run the command line in this process: start("name", "key=value", ..).

@@ -33,7 +33,6 @@ def profiled(shards, tmp_path_factory):
     place, printed = tmp_path_factory.mktemp("profiled"), io.StringIO()
     folder, config = place / "run", place / "tiny.yaml"
     config.write_text(yaml.safe_dump(BASE))
-    torch.set_num_threads(1)
     epoch, forward = Loader.epoch, FeatureAugmenter.forward
 
     def slow_epoch(*arguments):
