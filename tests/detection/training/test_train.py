@@ -371,8 +371,12 @@ def test_a_config_says_which_lists_of_a_devkit_count(tmp_path: Path) -> None:
 def test_a_seed_that_goes_on_has_as_many_threads_as_before(
     train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Two threads are only set: to compute with them would take three times as long."""
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     monkeypatch.setattr(threads, "free_cores", lambda: 1.0)
+    chosen = [1]
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
     assert train("random") == 0
     assert read(tmp_path / "out/seed-0/run.json")["num_threads"] == 1
     monkeypatch.setattr(threads, "free_cores", lambda: 2.0)  # idle now
