@@ -162,13 +162,15 @@ def memory_remedy(remedy: str) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         details = " ".join(str(error).split())
-        is_known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if _WORKER_DIED in details and not any(text in details for text in _NO_MEMORY):
+        is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+            text in details for text in _NO_MEMORY
+        )
+        if not is_memory and _WORKER_DIED in details:
             raise RunFailed(
                 f"a process that reads pictures died ({details[:200]}); go on with --resume; if it "
                 "dies again, without such processes (num_workers=0) the error shows"
             ) from error
-        if not is_known and not any(text in details for text in _NO_MEMORY):
+        if not is_memory:
             raise
         raise RunFailed(f"out of memory ({details[:200] or 'no details'}); {remedy}") from error
 

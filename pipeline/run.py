@@ -33,7 +33,7 @@ from pipeline.plan import (
     input_digest,
     now,
     without_places,
-)  # fmt: skip
+)
 
 SAVE_SECONDS = 20.0  # before the end of a call that is limited, stages are asked to save
 GRACE_SECONDS = 30.0
