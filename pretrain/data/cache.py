@@ -66,7 +66,7 @@ def files_of(folder: Path) -> list[tuple[int, int, Path]]:
     """Time of last use, bytes and path of the files of a folder."""
     files = []
     for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # a download just given up
+        with contextlib.suppress(FileNotFoundError):  # removed by somebody else
             status = path.stat()
             files.append((status.st_mtime_ns, status.st_size, path))
     return files
@@ -234,7 +234,7 @@ class ShardCache:
         """
         partial, digest, num_bytes = self._partial / name, hashlib.sha256(), 0
         try:
-            partial.unlink(missing_ok=True)  # of a killed process
+            self._give_back(partial)  # of a killed process
             reserved = file.size or 0
             self._reserve(partial, reserved)
             with open(partial, "r+b", buffering=0) as stream:
@@ -262,7 +262,8 @@ class ShardCache:
         except OSError as error:
             raise disk_error(error, self.folder) from error
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of a lost disk, which is reported already
+                self._give_back(partial)
 
     # -- space ------------------------------------------------------------------------------------
 
@@ -304,6 +305,10 @@ class ShardCache:
                 with open(partial, "ab") as file:
                     file.truncate(os.fstat(file.fileno()).st_size + extra)
             return True
+
+    def _give_back(self, partial: Path) -> None:
+        with self._space_lock():
+            partial.unlink(missing_ok=True)
 
     def _space_lock(self) -> AbstractContextManager[int | None]:
         return locked(self.folder / "space.lock", patience=math.inf)

@@ -94,7 +94,8 @@ class Handler(BaseHTTPRequestHandler):
         if wait:
             self.state.released.wait(20)
         self.close_connection = True
-        self.connection.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # the other side has gone already
+            self.connection.shutdown(socket.SHUT_RDWR)
         return True
 
 

@@ -2,6 +2,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.files import lock_file
+from common.files import locked
 from pretrain.data import cache as cache_module
 from pretrain.data import remote
 from pretrain.data.cache import CacheOptions, RemoteShard, ShardCache
@@ -62,8 +63,7 @@ def held(cache: ShardCache, server: Faulty) -> list[int]:
 
 def num_bytes(folder: Path) -> int:
     """Bytes of shards and downloads in flight, while nobody moves them."""
-    with open(folder / "space.lock", "ab") as stream:
-        lock_file(stream, folder, wait=True)
+    with locked(folder / "space.lock", patience=math.inf):
         files = [*(folder / "shards").iterdir(), *(folder / "partial").iterdir()]
         return sum(path.stat().st_size for path in files)
 
@@ -124,6 +124,29 @@ def test_changed_shard_is_never_kept(server, tmp_path, changed, message):
     assert empty(cache)
     (server.root / "0.tar").write_bytes(content(0))
     assert read(cache, wanted(server, 0)) == content(0)
+
+
+def test_space_is_given_back_while_nobody_counts(server: Faulty, tmp_path: Path) -> None:
+    cache, is_asked, may_answer = make(tmp_path), threading.Event(), threading.Event()
+
+    def faults(handler: Handler, count: int) -> bool:
+        is_asked.set()
+        may_answer.wait(60)
+        return False
+
+    server.faults = faults
+    (server.root / "0.tar").write_bytes(content(1))
+    with ThreadPoolExecutor(1) as pool:
+        fetching = pool.submit(cache.open, wanted(server, 0))
+        assert is_asked.wait(60)
+        with locked(cache.folder / "space.lock", patience=math.inf):
+            may_answer.set()
+            (partial,) = (cache.folder / "partial").iterdir()
+            time.sleep(0.3)
+            assert partial.exists()
+        with pytest.raises(UserError, match="its SHA-256 is not the one in the index"):
+            fetching.result(60)
+    assert num_bytes(cache.folder) == 0
 
 
 def test_full_disk(server, tmp_path, monkeypatch):
