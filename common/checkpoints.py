@@ -265,7 +265,9 @@ def read(path: Path | str) -> Any:
         text = no_such_file(path, "give the path of a checkpoint", "file")
         raise UserError(text) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        inner = sorted(path.glob("*.pth")) if path.is_dir() else []
+        remedy = f"; give {inner[0]}" if inner else ""
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}){remedy}") from None
     kind = "pickle of plain data" if path.suffix == ".pkl" else "PyTorch checkpoint"
     with file:
         try:

@@ -115,22 +115,25 @@ def no_such_file(path: str | Path, remedy: str, kind: str = "file or folder") ->
     return f"{path}: no such {kind}; {remedy}"
 
 
-_IN_THE_WAY = {
+_REMEDIES = {
     errno.EEXIST: "a file is in the way; choose another name",
     errno.ENOTDIR: "a file is where a folder is expected; choose another name",
     errno.EISDIR: "a folder is where a file is expected; choose another name",
     errno.ELOOP: "a link is in the way; remove it",
     errno.ENAMETOOLONG: "this name is too long; choose another",
+    errno.EACCES: "not allowed; change its rights or its folder's, or choose another place",
+    errno.EPERM: "not allowed; change its owner or rights, or choose another place",
+    errno.EROFS: "is on a disk that is mounted read-only; choose another place",
 }
 
 
 def describe_os_error(error: OSError) -> str:
-    """What the operating system refused, at which file, and what to do about a full disk."""
+    """What the operating system refused, at which file, and what to do about it."""
     if error.errno is None:  # raised by our own code, with a whole sentence
         return str(error)
     where = f" ({error.filename})" if error.filename else ""
-    if error.errno in _IN_THE_WAY and error.filename:
-        return f"{os.fsdecode(error.filename)}: {_IN_THE_WAY[error.errno]}"
+    if error.errno in _REMEDIES and error.filename:
+        return f"{os.fsdecode(error.filename)}: {_REMEDIES[error.errno]}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"disk full{where}: free some space and run the same command again"
     if error.errno == errno.ENOENT and error.filename:
@@ -203,7 +206,7 @@ def run_command(
     except KeyboardInterrupt:
         status, message = 130, when_interrupted
     except OSError as error:
-        status = 2 if error.errno in _IN_THE_WAY else 1
+        status = 2 if error.errno in _REMEDIES else 1
         message = f"error: {describe_os_error(error)}"
     except (RunFailed, *failures) as error:
         status, message = 1, f"error: {error}"

@@ -305,14 +305,18 @@ def run_experiment(
     if is_dry:
         decisions = runner.plan(stages)
         facts = check(config, chosen, ROOT, out)
-        total = 0.0
+        total, num_to_do, num_unknown = 0.0, 0, 0
         for stage in chosen:
             decision = decisions[stage.name]
             seconds = runner.expected_seconds(stage) or facts.get(stage.name, {}).get("seconds")
-            total += (seconds or 0.0) * (decision.action != "skip")
+            if decision.action != "skip":
+                total += seconds or 0.0
+                num_to_do, num_unknown = num_to_do + 1, num_unknown + (seconds is None)
             time = "-" if seconds is None else duration(seconds)
             print(f"{decision.action:<6}  {stage.title:<26}  {time:>11}  {decision.reason}")
-        print(f"about {duration(total)} added up, but for stages whose time is not known (-)")
+        unknown = f", without {num_unknown} of unknown time (-)" * (num_unknown > 0)
+        text = f"{num_to_do} stages to do: about {duration(total)} added up{unknown}"
+        print(text if num_to_do else "nothing to do")
         return 0
 
     def before_first(decisions: Mapping[str, Decision]) -> None:

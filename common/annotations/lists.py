@@ -188,6 +188,12 @@ def assemble(
         for one, split in splits.items():
             splits[one] = split.where(lambda item: item.class_name in classes)
             findings.ignored[NOT_CHOSEN] += split.num_objects - splits[one].num_objects
+    alike: dict[str, list[str]] = {}
+    for one in classes:
+        alike.setdefault(one.casefold(), []).append(one)
+    for same in (x for x in alike.values() if len(x) > 1):
+        findings.repairs[f"classes that differ by capitals alone ({', '.join(same)}): kept apart; "
+                         "rename one if they are the same"] += len(same)  # fmt: skip
     for one in needed:
         if not splits[one].num_objects:
             none = f"none of its {len(splits[one].pictures)} pictures holds an object"

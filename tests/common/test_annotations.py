@@ -318,6 +318,16 @@ def test_faults_of_coco_are_named(tmp_path, changes, message):
         read_instances(coco(tmp_path, **changes), tmp_path / "train")
 
 
+def test_coco_boxes_as_shares_are_refused(tmp_path):
+    row = {"id": 1, "image_id": 7, "category_id": 9}
+    path = coco(tmp_path, annotations=[row | {"bbox": [0.25, 0.5, 0.75, 0.25]}])
+    with pytest.raises(UserError, match=r"all boxes are within 0 to 1, as shares .* in pixels"):
+        read_instances(path, tmp_path / "train", findings=Findings(max_left_out=9))
+    rows = [row | {"bbox": [0, 0, 1, 1]}, row | {"id": 2, "bbox": [0, 0, 1, 1.5]}]
+    _, (record,) = read_instances(coco(tmp_path, annotations=rows), tmp_path / "train")
+    assert len(record.objects) == 2
+
+
 def test_up_to_ten_faults_of_coco_are_named_together(tmp_path):
     rows = [{"id": i, "image_id": 7, "category_id": 9, "bbox": [0, 0, -1, 1]} for i in range(12)]
     with pytest.raises(UserError) as caught:

@@ -387,3 +387,12 @@ def test_hostile_files_are_refused_in_5_seconds_and_1_gib(tmp_path: Path) -> Non
         assert float(seconds) < 5, name
         assert not re.search("MemoryError|alloc", answer), (name, answer)
         assert len(answer) < 600, name
+
+
+def test_the_checkpoint_of_a_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is a folder where a file is expected\)$"):
+        checkpoints.read(tmp_path)
+    for name in ("checkpoint.pth", "checkpoint_epoch_0010.pth"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"is expected\); give .*/checkpoint\.pth$"):
+        checkpoints.read(tmp_path)

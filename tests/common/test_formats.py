@@ -68,6 +68,19 @@ def label_file(name: str = NAMES[0], part: str = "train") -> str:
     return f"labels/{part}/{name}.txt"
 
 
+def test_classes_that_differ_by_capitals_are_said(tmp_path: Path) -> None:
+    LAYOUTS["LabelImg"][1](tmp_path)
+    first = next(tmp_path.rglob("photo 0.xml"))
+    assert read_set(tmp_path).notes == ()
+    first.write_text(first.read_text().replace("<name>cat<", "<name>Cat<"))
+    data = read_set(tmp_path)
+    assert data.classes == ("Cat", "cat", "dog")
+    assert data.notes == (
+        "2 classes that differ by capitals alone (Cat, cat): kept apart; rename one if they are "
+        "the same",
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "box", "note"),
     [

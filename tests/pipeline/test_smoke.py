@@ -127,6 +127,7 @@ def test_killed_detection_goes_on_and_ends_the_same(finished, tmp_path):
 
 
 def test_more_seeds_run_only_the_new_ones(finished, tmp_path):
+    assert run(finished, "--dry-run").splitlines()[-1] == "nothing to do"
     output = run(finished, "--dry-run", "detection.seeds=2")
     plan = {line.split()[1]: line.split()[0] for line in output.splitlines()}
     assert all(plan[f"{arm}/seed-0"] == "skip" for arm in ARMS)

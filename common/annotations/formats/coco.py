@@ -183,7 +183,7 @@ def read_instances(
 
     # Objects. An empty box is left out if there are few, else the file is wrong.
     objects: dict[int | str, list[record.ObjectRecord]] = {row["id"]: [] for row in images}
-    empty = []
+    empty, reach = [], 0.0
     for row in annotations:
         where, image = f"{path}: annotation {row.get('id')!r:.60}", row.get("image_id")
         with findings.leaving_out(checks.OBJECT):
@@ -194,11 +194,17 @@ def read_instances(
                 )
             item, where = _object(row, labels, where, findings)
             x0, y0, x1, y1 = item.box
+            reach = max(reach, x1, y1)
             if x1 <= x0 or y1 <= y0:
                 empty.append(f"{where} is empty; remove the annotation")
             elif image in pictures:
                 box = checks.placed(item.box, pictures[image][1], where, findings)
                 objects[image].append(replace(item, box=box))
+    if 0 < reach <= 1:
+        raise UserError(
+            f"{path}: all boxes are within 0 to 1, as shares of the picture would be: export it "
+            "with boxes in pixels"
+        )
     if len(empty) > _MAX_EMPTY * len(annotations):
         for message in empty:
             findings.leave_out(UserError(message), checks.OBJECT)
