@@ -25,8 +25,8 @@ from common.files import read_text, write_text
 from pipeline.config import PipelineConfig, load_config
 from pipeline.experiment import ROOT, as_settings, ask
 from pipeline.own_data import OwnData, num_bad, survey
-from pipeline.plan import build_stages, joined_options
 from pipeline.run import has_nvidia_gpu, side_by_side
+from pipeline.stages import build_stages, joined_options
 
 YAML_FILE = "pipeline.yaml"
 BUDGETS = {"quick": 600, "hour": 3600, "night": 10 * 3600}

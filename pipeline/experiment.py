@@ -26,8 +26,9 @@ from common.files import cache_folder, read_record_or_none, write_json
 from pipeline import results
 from pipeline.config import PipelineConfig
 from pipeline.jobs import SlurmSettings
-from pipeline.plan import Stage, build_stages, dataset_folder, digest
+from pipeline.plan import Stage, digest
 from pipeline.run import SAVE_SECONDS, Decision, Limits, Progress, Runner, TimeIsUp, is_named
+from pipeline.stages import build_stages, dataset_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKS_FILE = "checks.json"

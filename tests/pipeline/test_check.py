@@ -17,8 +17,9 @@ from PIL import Image
 from common.errors import EACH, RunFailed, UserError, run_or_check_each
 from pipeline import experiment
 from pipeline.config import load_config
-from pipeline.plan import Stage, build_stages
+from pipeline.plan import Stage
 from pipeline.run import Limits
+from pipeline.stages import build_stages
 from tests.detection.tiny_detection import make_voc
 from tools.run_pipeline import main
 

@@ -17,7 +17,7 @@ from pipeline import auto, own_data
 from pipeline.auto import BUDGETS, Costs, Machine, first_sizes, fit, to_yaml
 from pipeline.config import PipelineConfig, load_config
 from pipeline.own_data import OwnData, survey
-from pipeline.plan import build_stages, joined_options
+from pipeline.stages import build_stages, joined_options
 from pretrain.config import PretrainConfig
 from pretrain.model.backbones.resnet import ResNetBackbone
 from tests import layouts

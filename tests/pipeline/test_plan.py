@@ -7,7 +7,8 @@ import pytest
 
 from common.errors import UserError
 from pipeline.config import ARMS, Comparison, DataStageConfig, SeedsConfig, load_config
-from pipeline.plan import KINDS, build_stages, flags, input_digest
+from pipeline.plan import input_digest
+from pipeline.stages import KINDS, build_stages, flags
 from tools import run_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ import yaml
 from common.config import read_settings
 from common.errors import UserError
 from pipeline import study
-from pipeline.plan import build_stages
+from pipeline.stages import build_stages
 from pipeline.study import NAME_LENGTH, Preset
 from pretrain.config import load_config
 from tests.pretrain.data.picture_helpers import pack_pictures
