@@ -304,20 +304,10 @@ def run_experiment(
     last = max(n for n, s in enumerate(stages) if until is None or is_named(s.name, until))
     chosen = [stage for stage in stages[: last + 1] if only(stage.name)]
     if is_dry:
-        decisions = runner.plan(stages)
-        facts = check(config, chosen, ROOT, out)
-        total, num_to_do, num_unknown = 0.0, 0, 0
-        for stage in chosen:
-            decision = decisions[stage.name]
-            seconds = runner.expected_seconds(stage) or facts.get(stage.name, {}).get("seconds")
-            if decision.action != "skip":
-                total += seconds or 0.0
-                num_to_do, num_unknown = num_to_do + 1, num_unknown + (seconds is None)
-            time = "-" if seconds is None else duration(seconds)
-            print(f"{decision.action:<6}  {stage.title:<26}  {time:>11}  {decision.reason}")
-        unknown = f", without {num_unknown} of unknown time (-)" * (num_unknown > 0)
-        text = f"{num_to_do} stages to do: about {duration(total)} added up{unknown}"
-        print(text if num_to_do else "nothing to do")
+        decisions, facts = runner.plan(stages), check(config, chosen, ROOT, out)
+        seconds = {stage.name: runner.expected_seconds(stage)
+                   or facts.get(stage.name, {}).get("seconds") for stage in chosen}  # fmt: skip
+        print_plan(chosen, decisions, seconds)
         return 0
 
     def before_first(decisions: Mapping[str, Decision]) -> None:
@@ -356,6 +346,24 @@ def run_experiment(
         raise
     print(closing_lines(out))
     return 0
+
+
+def print_plan(
+    stages: Sequence[Stage],
+    decisions: Mapping[str, Decision],
+    seconds: Mapping[str, float | None],
+) -> None:
+    """Print what a run would do, a line for each stage, and how long what is known of it takes."""
+    for stage in stages:
+        decision, known = decisions[stage.name], seconds[stage.name]
+        time = "-" if known is None else duration(known)
+        print(f"{decision.action:<6}  {stage.title:<26}  {time:>11}  {decision.reason}")
+    todo = [seconds[stage.name] for stage in stages if decisions[stage.name].action != "skip"]
+    total, num_unknown = sum(filter(None, todo)), todo.count(None)
+    unknown = f", without {num_unknown} of unknown time (-)" * (num_unknown > 0)
+    stages_to_do = f"{len(todo)} stage{'s' * (len(todo) > 1)} to do"
+    text = f"{stages_to_do}: about {duration(total)} added up{unknown}"
+    print(text if todo else "nothing to do")
 
 
 def closing_lines(out: Path) -> str:

@@ -89,6 +89,27 @@ class _RunningStage:
     kill_at: float = float("inf")
 
 
+@dataclass
+class _Work:
+    """What a call has still to do, and what came of the rest.
+
+    Attributes:
+        waiting: Stages that have not begun, by their number.
+        running: Those that run, by name.
+        failures: Messages by stage.
+        blocked: Stages that read a failed one.
+        stopping: Why nothing more begins, or empty.
+        num_signals: How many have been passed on.
+    """
+
+    waiting: dict[int, Stage]
+    running: dict[str, _RunningStage] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    blocked: set[str] = field(default_factory=set)
+    stopping: str = ""
+    num_signals: int = 0
+
+
 def is_named(stage: str, name: str) -> bool:
     """Whether a stage is meant by a name; `random` means all of `random/...`."""
     return stage == name or stage.startswith(f"{name}/")
@@ -227,85 +248,92 @@ class Runner:
                 submitter = limits.cluster.submitter(self.out / "submitit/%j")
 
             todo = [stage for stage in stages if chosen is None or stage.name in chosen]
-            waiting = dict(enumerate(todo, 1))
-            running: dict[str, _RunningStage] = {}
-            failures: dict[str, str] = {}
-            blocked: set[str] = set()  # by a failure
-            stopping, num_signals = "", 0
-            while waiting or running:
-                # A signal, or the end of the time: those that run save and end, none begins.
-                for number in signals[num_signals:] or [signal.SIGTERM] * (
-                    not stopping and time.monotonic() > stop_at
-                ):
-                    stopping = stopping or (
-                        f"stopped by {signal.Signals(number).name}" if signals else "time is up"
-                    )
-                    for one in running.values():
-                        one.job.stop(signal.SIGKILL if one.stopped_by else number)
-                        one.stopped_by = number
-                        one.kill_at = min(one.kill_at, time.monotonic() + GRACE_SECONDS)
-                num_signals = len(signals)
-                if stopping or len(failures) > limits.max_failures:
-                    waiting.clear()
-
-                # Start, in order, what has all that it reads while slots are free.
-                for number, stage in list(waiting.items()):
-                    if (failures.keys() | blocked) & set(stage.upstream):
-                        blocked.add(stage.name)
-                        del waiting[number]
-                        continue
-                    if ({s.name for s in waiting.values()} | running.keys()) & set(stage.upstream):
-                        continue
-                    queue = submitter if stage.resumable else None
-                    kind = ClusterJob if queue else LocalJob
-                    beside = [one for one in running.values() if isinstance(one.job, kind)]
-                    # Jobs of a cluster have cores of their own; here the groups take turns.
-                    groups = {one.stage.group for one in beside}
-                    is_alone = not queue and (not stage.group or groups != {stage.group})
-                    if beside and (is_alone or len(beside) >= limits.parallel):
-                        break
-                    del waiting[number]
-                    decision = self._decide(stage)
-                    if decision.action == "skip":
-                        self.store.update(stage.name, current=True, skipped=True)
-                        took = duration(self.store.stages[stage.name]["seconds"])
-                        text = f"unchanged ({took} when it ran)"
-                    else:
-                        text = decision.reason
-                        running[stage.name] = self._start(stage, decision, descriptor, queue)
-                    progress.say(f"[{number}/{progress.total}] {stage.title}: {text}")
-
-                # Look at those that run.
-                shown = []
-                for name, one in list(running.items()):
-                    ended = one.job.poll()
-                    now_is, seconds = time.monotonic(), one.before + time.monotonic() - one.started
-                    if ended is None:
-                        if now_is > one.kill_at:
-                            one.kill_at = float("inf")
-                            one.job.stop(signal.SIGKILL)
-                        line = last_line(self.log_path(one.stage))
-                        shown.append(f"{one.stage.title} {duration(seconds)} {line}")
-                        continue
-                    del running[name]
-                    status, failure = self._record(one, ended)
-                    if failure:
-                        failures[name] = failure
-                    took = duration(self.store.stages[name]["seconds"])
-                    text = f"{status} {'in' if status == 'finished' else 'after'} {took}"
-                    progress.say(f"{one.stage.title}: {text}")
-                    after_each()
-                progress.show(shown)
-                if running:
+            work = _Work(waiting=dict(enumerate(todo, 1)))
+            while work.waiting or work.running:
+                self._stop(work, signals, stop_at)
+                if work.stopping or len(work.failures) > limits.max_failures:
+                    work.waiting.clear()
+                self._start_ready(work, descriptor, submitter, progress)
+                self._look(work, progress, after_each)
+                if work.running:
                     time.sleep(_POLL_SECONDS)
             after_each()
 
         if signals:
-            raise StoppedBySignal(signals[0], f"{stopping}\n  to go on: {self.go_on_command}")
-        if failures:
-            raise RunFailed("\nerror: ".join(sorted(failures.values())))
-        if stopping:
-            raise TimeIsUp(stopping)
+            text = f"{work.stopping}\n  to go on: {self.go_on_command}"
+            raise StoppedBySignal(signals[0], text)
+        if work.failures:
+            raise RunFailed("\nerror: ".join(sorted(work.failures.values())))
+        if work.stopping:
+            raise TimeIsUp(work.stopping)
+
+    def _stop(self, work: _Work, signals: Sequence[int], stop_at: float) -> None:
+        """After a signal, or at the end of the time: stages that run save and end."""
+        is_over = not work.stopping and time.monotonic() > stop_at
+        new = signals[work.num_signals :]
+        work.num_signals += len(new)
+        for number in new or [signal.SIGTERM] * is_over:
+            work.stopping = work.stopping or (
+                f"stopped by {signal.Signals(number).name}" if signals else "time is up"
+            )
+            for one in work.running.values():
+                one.job.stop(signal.SIGKILL if one.stopped_by else number)
+                one.stopped_by = number
+                one.kill_at = min(one.kill_at, time.monotonic() + GRACE_SECONDS)
+
+    def _start_ready(
+        self, work: _Work, descriptor: int, submitter: Any, progress: Progress
+    ) -> None:
+        """Start, in order, what has all that it reads while slots are free."""
+        for number, stage in list(work.waiting.items()):
+            if (work.failures.keys() | work.blocked) & set(stage.upstream):
+                work.blocked.add(stage.name)
+                del work.waiting[number]
+                continue
+            unfinished = {s.name for s in work.waiting.values()} | work.running.keys()
+            if unfinished & set(stage.upstream):
+                continue
+            queue = submitter if stage.resumable else None
+            kind = ClusterJob if queue else LocalJob
+            beside = [one for one in work.running.values() if isinstance(one.job, kind)]
+            # Jobs of a cluster have cores of their own; here the groups take turns.
+            groups = {one.stage.group for one in beside}
+            is_alone = not queue and (not stage.group or groups != {stage.group})
+            if beside and (is_alone or len(beside) >= self.limits.parallel):
+                break
+            del work.waiting[number]
+            decision = self._decide(stage)
+            if decision.action == "skip":
+                self.store.update(stage.name, current=True, skipped=True)
+                took = duration(self.store.stages[stage.name]["seconds"])
+                text = f"unchanged ({took} when it ran)"
+            else:
+                text = decision.reason
+                work.running[stage.name] = self._start(stage, decision, descriptor, queue)
+            progress.say(f"[{number}/{progress.total}] {stage.title}: {text}")
+
+    def _look(self, work: _Work, progress: Progress, after_each: Callable[[], None]) -> None:
+        """Look at the stages that run: show them, record those that have ended, kill the late."""
+        shown = []
+        for name, one in list(work.running.items()):
+            ended = one.job.poll()
+            now_is, seconds = time.monotonic(), one.before + time.monotonic() - one.started
+            if ended is None:
+                if now_is > one.kill_at:
+                    one.kill_at = float("inf")
+                    one.job.stop(signal.SIGKILL)
+                line = last_line(self.log_path(one.stage))
+                shown.append(f"{one.stage.title} {duration(seconds)} {line}")
+                continue
+            del work.running[name]
+            status, failure = self._record(one, ended)
+            if failure:
+                work.failures[name] = failure
+            took = duration(self.store.stages[name]["seconds"])
+            text = f"{status} {'in' if status == 'finished' else 'after'} {took}"
+            progress.say(f"{one.stage.title}: {text}")
+            after_each()
+        progress.show(shown)
 
     def log_path(self, stage: Stage) -> Path:
         """Return where the stage's output goes."""

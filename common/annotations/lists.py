@@ -151,9 +151,44 @@ def assemble(
             read[one] = loaded(one)
             findings.raise_faults()
     splits = {one: read[one] for one in [*needed, *others]}
+    is_named = says_roles or bool(choice.train_split and choice.test_split)
+    _count_shared(root, splits, train_names, test_name, is_split, is_named, findings)
+    unused = [one for one in lists if one not in needed]
+    is_told = choice.test_only or choice.all_lists or choice.train_split
+    if unused and not is_told and (usual is None or names_unused):
+        remedy = "--train-split takes them, joined by +"
+        findings.ignored[f"lists that are not used ({', '.join(unused)}): {remedy}"] += len(unused)
+    classes = _choose_classes(root, splits, stated(), choice, findings)
+    for one in needed:
+        if not splits[one].num_objects:
+            none = f"none of its {len(splits[one].pictures)} pictures holds an object"
+            raise UserError(f"{root}: list {one!r}: {none}; choose another")
+    return record.LabelledSet(
+        root=root,
+        name=name or root.resolve().name,
+        classes=classes,
+        metric_year=choice.metric_year or metric_year,
+        train=tuple(splits[one] for one in train_names),
+        test=splits[test_name],
+        others=tuple(splits[one] for one in others),
+        repaired=dict(+findings.repairs),
+        left_out=findings.all_left_out(),
+        faults=tuple(line.replace(f"{root}{os.sep}", "") for line in findings.lines()),
+    )
+
+
+def _count_shared(
+    root: Path, splits: Mapping[str, record.LabelledSplit], train_names: Sequence[str],
+    test_name: str, is_split: bool, is_named: bool, findings: Findings,
+) -> None:  # fmt: skip
+    """Count pictures that are trained on and evaluated: the same files, and copies of them.
+
+    Raises:
+        UserError: If there are such files, and nobody has named these lists.
+    """
     trained = dict.fromkeys(x.file for one in train_names for x in splits[one].pictures)
     shared = [x.file for x in splits[test_name].pictures if x.file in trained]
-    if shared and not (says_roles or (choice.train_split and choice.test_split)):
+    if shared and not is_named:
         raise UserError(
             f"{root}: {len(shared)} pictures are in both lists, {'+'.join(train_names)} and "
             f"{test_name}, as {shared[0]}; take them out of one, or choose both with --train-split "
@@ -164,16 +199,21 @@ def assemble(
     if copied := {} if is_split else _copied(trained, tested):
         first = (os.path.relpath(file, root) for file in next(iter(copied.items())))
         findings.repairs[f"{COPIED}, as {' of '.join(first)}"] += len(copied)
-    unused = [one for one in lists if one not in needed]
-    is_told = choice.test_only or choice.all_lists or choice.train_split
-    if unused and not is_told and (usual is None or names_unused):
-        remedy = "--train-split takes them, joined by +"
-        findings.ignored[f"lists that are not used ({', '.join(unused)}): {remedy}"] += len(unused)
 
-    # Classes: those of the set, in its order, or the chosen ones.
+
+def _choose_classes(
+    root: Path, splits: dict[str, record.LabelledSplit], told: Sequence[str] | None,
+    choice: record.SetChoice, findings: Findings,
+) -> tuple[str, ...]:  # fmt: skip
+    """The chosen classes, else those of the set in its order, else those that occur.
+
+    Objects of other classes than the chosen ones are taken out of `splits`.
+
+    Raises:
+        UserError: If a chosen class is none of the set's.
+    """
     present = sorted({x.class_name for split in splits.values() for y in split.pictures
                       for x in y.objects})  # fmt: skip
-    told = stated()
     classes = tuple(told if told is not None else present)
     if choice.classes is not None:
         if choice.test_only:
@@ -194,22 +234,7 @@ def assemble(
     for same in (x for x in alike.values() if len(x) > 1):
         findings.repairs[f"classes that differ by capitals alone ({', '.join(same)}): kept apart; "
                          "rename one if they are the same"] += len(same)  # fmt: skip
-    for one in needed:
-        if not splits[one].num_objects:
-            none = f"none of its {len(splits[one].pictures)} pictures holds an object"
-            raise UserError(f"{root}: list {one!r}: {none}; choose another")
-    return record.LabelledSet(
-        root=root,
-        name=name or root.resolve().name,
-        classes=classes,
-        metric_year=choice.metric_year or metric_year,
-        train=tuple(splits[one] for one in train_names),
-        test=splits[test_name],
-        others=tuple(splits[one] for one in others),
-        repaired=dict(+findings.repairs),
-        left_out=findings.all_left_out(),
-        faults=tuple(line.replace(f"{root}{os.sep}", "") for line in findings.lines()),
-    )
+    return classes
 
 
 def _copied(trained: Collection[Path], tested: Collection[Path]) -> dict[Path, Path]:

@@ -183,13 +183,8 @@ def make_set(card: Card, out: Path, overwrite: bool, fill: Callable[[Path], None
         OSError: If the disk does not take it.
     """
     unfinished, lock = (out.with_name(out.name + ending) for ending in (".partial", ".lock"))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch()
-    except OSError as error:
-        raise UserError(
-            f"{out.parent}: cannot be written ({error.strerror}); give another folder"
-        ) from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock.touch()
     with held(lock, patience=LOCK_WAIT_SECONDS, of_process=False):
         try:
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -6,7 +6,6 @@ so what is there already is kept. submitit hands a task its work as a pickle in 
 beside the logs; OUT/.parts goes when the set is complete.
 """
 
-import errno
 import hashlib
 import io
 import logging
@@ -586,81 +585,82 @@ def write_shards(
         cluster: Where to make the shards; None: here.
     Raises:
         UserError: If more pictures than allowed are bad, `out` holds other shards or is being
-            written by another run, or the disk is full.
+            written by another run, or the disk has no room.
+        OSError: If `out` cannot be written.
         RunFailed: If a task on the cluster did not finish its share, or a process was killed.
     """
     folder, options = Path(out), options or ShardOptions()
     plans, run_id = make_plan(pictures, options), secrets.token_hex(8)
     joined = "".join(plan.fingerprint for plan in plans) + repr(classes)
     fingerprint = hashlib.sha256(joined.encode()).hexdigest()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with only_writer(folder):
-            if not overwrite and (folder / "index.json").exists():
-                index = _finished_index(folder, fingerprint)
-                check_bad(index["skipped"], max_bad)
-                shutil.rmtree(folder / PARTS, ignore_errors=True)
-                return WriteReport.of(index, len(plans))
-            # Other shards are not mixed in.
-            parts, plan_file = folder / PARTS, folder / PARTS / PLAN_FILE
-            if overwrite:
-                old = [folder / "index.json", folder / "samples.npy", *folder.glob("shard-*.tar")]
-                for path in old:
-                    path.unlink(missing_ok=True)
-                shutil.rmtree(parts, ignore_errors=True)
-            if plan_file.exists():
-                remedy = f"what was made here is not known; {_REMEDY}"
-                found = files.read_record(plan_file, {"fingerprint": str}, remedy=remedy)
-                other = f"{folder}: an unfinished run with another source or other options is here"
-                require(found["fingerprint"] == fingerprint, f"{other}; {_REMEDY}")
-            elif tars := sorted(folder.glob("*.tar")):
-                raise UserError(f"{tars[0]}: a tar that this run did not make; {_REMEDY}")
-            parts.mkdir(parents=True, exist_ok=True)
-            files.remove_partial_files(folder)
-            files.remove_partial_files(parts)
-            files.write_json(plan_file, {"fingerprint": fingerprint, "run": run_id})
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(folder):
+        if not overwrite and (folder / "index.json").exists():
+            index = _finished_index(folder, fingerprint)
+            check_bad(index["skipped"], max_bad)
+            shutil.rmtree(folder / PARTS, ignore_errors=True)
+            return WriteReport.of(index, len(plans))
+        _begin(folder, fingerprint, run_id, overwrite=overwrite)
 
-            # What an earlier run has finished is kept.
-            kept = {plan.name: read_part(folder, plan) for plan in plans}
-            done = {name: part for name, part in kept.items() if part is not None}
-            num_kept, todo = len(done), [plan for plan in plans if plan.name not in done]
-            needed = sum(plan.estimated_bytes for plan in todo)
-            free = shutil.disk_usage(folder).free
-            require(
-                needed <= free,
-                f"{folder}: the shards need about {needed / 1e6:,.1f} MB, only {free / 1e6:,.1f} "
-                "MB are free; free some space, or shrink pictures with --resize-short",
-            )
+        # What an earlier run has finished is kept.
+        kept = {plan.name: read_part(folder, plan) for plan in plans}
+        done = {name: part for name, part in kept.items() if part is not None}
+        num_kept, todo = len(done), [plan for plan in plans if plan.name not in done]
+        needed = sum(plan.estimated_bytes for plan in todo)
+        free = shutil.disk_usage(folder).free
+        require(
+            needed <= free,
+            f"{folder}: the shards need about {needed / 1e6:,.1f} MB, only {free / 1e6:,.1f} "
+            "MB are free; free some space, or shrink pictures with --resize-short",
+        )
 
-            # The rest is made here or in tasks; bad pictures count over all shards.
-            share = ShareOfShards(folder, run_id, todo, options, max_bad, num_workers)
-            made = run_tasks(cluster, share) if cluster and todo else share.make()
-            num_done = len(pictures) - sum(len(plan.pictures) for plan in todo)
-            total = len(pictures)  # shown on a terminal
-            bar = tqdm(None, "packing", total, unit="picture", initial=num_done, disable=None)
-            skipped = [item for part in done.values() for item in part.skipped]
-            check_bad(skipped, max_bad)
-            with bar, closing(made):
-                for part in made:
-                    done[part.shard["name"]] = part
-                    bar.update(len(part.table) + len(part.skipped))
-                    skipped += part.skipped
-                    check_bad(skipped, max_bad)
-            if not any(len(part.table) for part in done.values()):
-                raise UserError(f"none of {len(skipped)} pictures decodes; {skipped[0]['reason']}")
+        # The rest is made here or in tasks; bad pictures count over all shards.
+        share = ShareOfShards(folder, run_id, todo, options, max_bad, num_workers)
+        made = run_tasks(cluster, share) if cluster and todo else share.make()
+        num_done = len(pictures) - sum(len(plan.pictures) for plan in todo)
+        total = len(pictures)  # shown on a terminal
+        bar = tqdm(None, "packing", total, unit="picture", initial=num_done, disable=None)
+        skipped = [item for part in done.values() for item in part.skipped]
+        check_bad(skipped, max_bad)
+        with bar, closing(made):
+            for part in made:
+                done[part.shard["name"]] = part
+                bar.update(len(part.table) + len(part.skipped))
+                skipped += part.skipped
+                check_bad(skipped, max_bad)
+        if not any(len(part.table) for part in done.values()):
+            raise UserError(f"none of {len(skipped)} pictures decodes; {skipped[0]['reason']}")
 
-            # The set counts as complete from the rename of index.json.
-            stored_options = {**asdict(options), "fingerprint": fingerprint}
-            of_plans = [done[plan.name] for plan in plans]
-            index = write_index(folder, of_plans, classes=classes, options=stored_options)
-            shutil.rmtree(parts, ignore_errors=True)
-            return WriteReport.of(index, num_kept)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            place = error.filename or folder
-            message = f"{place}: cannot be written ({error.strerror}); choose another folder"
-            raise UserError(message) from error
-        raise
+        # The set counts as complete from the rename of index.json.
+        stored_options = {**asdict(options), "fingerprint": fingerprint}
+        of_plans = [done[plan.name] for plan in plans]
+        index = write_index(folder, of_plans, classes=classes, options=stored_options)
+        shutil.rmtree(folder / PARTS, ignore_errors=True)
+        return WriteReport.of(index, num_kept)
+
+
+def _begin(folder: Path, fingerprint: str, run_id: str, *, overwrite: bool) -> None:
+    """Write down which run this is; an earlier one must have been of the same plan.
+
+    Raises:
+        UserError: If other shards are there, or another plan was begun.
+    """
+    parts, plan_file = folder / PARTS, folder / PARTS / PLAN_FILE
+    if overwrite:
+        for path in (folder / "index.json", folder / "samples.npy", *folder.glob("shard-*.tar")):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(parts, ignore_errors=True)
+    if plan_file.exists():
+        remedy = f"what was made here is not known; {_REMEDY}"
+        found = files.read_record(plan_file, {"fingerprint": str}, remedy=remedy)
+        other = f"{folder}: an unfinished run with another source or other options is here"
+        require(found["fingerprint"] == fingerprint, f"{other}; {_REMEDY}")
+    elif tars := sorted(folder.glob("*.tar")):
+        raise UserError(f"{tars[0]}: a tar that this run did not make; {_REMEDY}")
+    parts.mkdir(parents=True, exist_ok=True)
+    files.remove_partial_files(folder)
+    files.remove_partial_files(parts)
+    files.write_json(plan_file, {"fingerprint": fingerprint, "run": run_id})
 
 
 def _finished_index(folder: Path, fingerprint: str) -> dict[str, Any]:
