@@ -28,6 +28,7 @@ from common.errors import (
     printable,
     require,
     run_command,
+    whole,
 )
 
 
@@ -36,10 +37,6 @@ def run(arguments: argparse.Namespace) -> None:
     formats = [name.strip() for name in arguments.format.split(",") if name.strip()]
     # Before the imports that take seconds.
     require(0 <= arguments.score <= 1, f"--score {arguments.score}: give a number from 0 to 1")
-    require(arguments.max_bad >= 0, f"--max-bad {arguments.max_bad}: give 0 or more")
-    for name in ("every", "batch", "threads"):
-        value = getattr(arguments, name)
-        require(value is None or value > 0, f"--{name} {value}: give 1 or more")
 
     import torch
     from tqdm import tqdm
@@ -139,13 +136,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--score", type=float, default=0.5, metavar="S", help="lowest score (default: 0.5)")
     add("--format", default="json", metavar="LIST",
         help="of json (always written), voc, coco, yolo, with commas (default: json)")  # fmt: skip
-    add("--every", type=int, default=1, metavar="N", help="of a video: every N-th frame (all)")
-    add("--batch", type=int, metavar="N",
+    add("--every", type=whole(1), default=1, metavar="N", help="of a video: every N-th frame (all)")
+    add("--batch", type=whole(1), metavar="N",
         help="pictures per forward pass (default: 1 on a CPU, where more are slower; "
         "TEST.IMS_PER_BATCH on a GPU; 1: no picture depends on another)")  # fmt: skip
-    add("--threads", type=int, metavar="N", help="CPU threads (default: free cores)")
+    add("--threads", type=whole(1), metavar="N", help="CPU threads (default: free cores)")
     add("--device", help="cpu, cuda, .. (default: a GPU if there is one)")
-    add("--max-bad", type=int, default=0, metavar="N",
+    add("--max-bad", type=whole(0), default=0, metavar="N",
         help="leave out up to N pictures that do not decode (default: 0)")  # fmt: skip
     add("--overwrite", action="store_true", help="replace older predictions in DIR")
     arguments = parser.parse_args(argv)

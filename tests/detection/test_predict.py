@@ -310,7 +310,6 @@ def test_bad_pictures_are_named_counted_and_bounded(predict, tmp_path, capsys):
         (["nowhere/*.jpg"], "no such file or folder, and no glob"),
         (["{in}", "--score", "1.5"], "--score 1.5"),
         (["{in}", "--format", "voc,pascal"], "--format pascal"),
-        (["{in}", "--batch", "0"], "--batch 0"),
         (["{in}", "--device", "gpu"], "--device gpu"),
         (["{in}/notes"], "holds no file"),
         (["{in}/texts"], "no picture among 1 files"),
