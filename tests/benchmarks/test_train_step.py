@@ -21,8 +21,9 @@ TINY = [
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _seeded_in_one_thread(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else a run takes as many threads as cores are free
 
 
 @pytest.fixture(scope="module")
