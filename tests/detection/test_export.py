@@ -37,7 +37,8 @@ def make_folder(tmp_path_factory, tiny_overrides):
     @functools.cache
     def make(name: str) -> Path:
         place = tmp_path_factory.mktemp("export") / name
-        cfg = load_config(CONFIGS / f"{name}.yaml", parse_overrides(tiny_overrides))
+        thin = ["MODEL.FPN.OUT_CHANNELS=32", "MODEL.ROI_BOX_HEAD.FC_DIM=64"] * ("FPN" in name)
+        cfg = load_config(CONFIGS / f"{name}.yaml", parse_overrides([*tiny_overrides, *thin]))
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(CLASSES)
         torch.manual_seed(0)
         model = build_model(cfg)
