@@ -43,9 +43,7 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
         assert found[name].numpy().tobytes() == value.numpy().tobytes(), name
 
 
-@pytest.mark.parametrize(
-    ("arch", "ending"), [(TINY, ".pkl"), (Arch(50, 5, 3, 4), ".pth")], ids=str
-)
+@pytest.mark.parametrize(("arch", "ending"), [(TINY, ".pkl"), (Arch(50, 5, 3, 4), ".pth")], ids=str)
 def test_every_bit_comes_back_for_any_width(arch: Arch, ending: str, tmp_path: Path) -> None:
     state = torchvision_state(arch, 7)
     if ending == ".pth":  # a checkpoint of old times has few counters or none

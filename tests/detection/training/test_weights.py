@@ -26,7 +26,6 @@ from detection.training.weights import (
 from tests.detection.tiny_detection import CONFIGS
 from tests.detection.tiny_weights import torchvision_state
 
-
 THIN = Arch(50, 8, 8, 32)  # not the width of any config
 TO_THIN = [
     "MODEL.RESNETS.WIDTH_PER_GROUP=8", "MODEL.RESNETS.STEM_OUT_CHANNELS=8",
