@@ -10,7 +10,9 @@ statistics are assumed, and `notes` says so.
 
 import argparse
 import contextlib
+import functools
 import re
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -360,14 +362,17 @@ def _refuse_objects(checkpoint: Mapping[Any, Any]) -> None:
             )
 
 
-def tensor_shapes(arch: resnet.Arch) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=8)
+def tensor_shapes(arch: resnet.Arch) -> Mapping[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a ResNet without classifier and without batch counters.
 
     Names and order are those of torchvision's state_dict.
     """
     with shapes_alone():
         state = ResNet(arch).state_dict()
-    return {name: tuple(x.shape) for name, x in state.items() if not name.endswith(resnet.COUNTER)}
+    shapes = {name: tuple(x.shape) for name, x in state.items()
+              if not name.endswith(resnet.COUNTER)}  # fmt: skip
+    return types.MappingProxyType(shapes)  # kept, so that nobody may change it
 
 
 def _tensors(

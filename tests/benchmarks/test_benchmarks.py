@@ -113,7 +113,9 @@ def test_fa_overhead(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's own, of its gather with gradient
-def test_cost_growth(tmp_path, capsys):
+def test_cost_growth(tmp_path, monkeypatch, capsys):
+    photos = harness.encoded_photos(2)
+    monkeypatch.setattr(harness, "encoded_photos", lambda num: photos[:num])
     figures = figures_of(cost_growth, ["--tiny"], tmp_path)
     costs = {
         axis: {cost["what"]: cost for cost in found["costs"]}

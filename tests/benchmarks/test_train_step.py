@@ -21,8 +21,9 @@ TINY = [
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _seeded_in_one_thread(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else a run takes as many threads as cores are free
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,9 @@ def test_the_convolutions_alone_are_those_of_a_step(arms):
     assert 0.9 * of_step < count_flops(lambda: alone.steps(1)) < of_step  # the rest are heads
 
 
-def test_contract(tmp_path):
+def test_contract(tmp_path, monkeypatch):
+    photos = harness.encoded_photos(2)
+    monkeypatch.setattr(harness, "encoded_photos", lambda num: photos[:num])
     before, out = train_step.switches_now(), tmp_path / "step.json"
     assert train_step.main([*TINY, "--peak-tflops", "0.5", "--json", str(out)]) == 0
     assert train_step.switches_now() == before
@@ -125,6 +128,8 @@ def test_a_time_limit_costs_the_rates_from_shards_alone(tmp_path, monkeypatch):
     def stopped(*_):
         raise RuntimeError("stopped")
 
+    photos = harness.encoded_photos(2)
+    monkeypatch.setattr(harness, "encoded_photos", lambda num: photos[:num])
     monkeypatch.setattr(train_step, "wall_rates", stopped)
     out = tmp_path / "step.json"
     assert train_step.main([*TINY, "--rounds", "1", "--json", str(out)]) == 1

@@ -43,9 +43,7 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
         assert found[name].numpy().tobytes() == value.numpy().tobytes(), name
 
 
-@pytest.mark.parametrize(
-    ("arch", "ending"), [(TINY, ".pkl"), (Arch(101, 5, 3, 4), ".pth")], ids=str
-)
+@pytest.mark.parametrize(("arch", "ending"), [(TINY, ".pkl"), (Arch(50, 5, 3, 4), ".pth")], ids=str)
 def test_every_bit_comes_back_for_any_width(arch: Arch, ending: str, tmp_path: Path) -> None:
     state = torchvision_state(arch, 7)
     if ending == ".pth":  # a checkpoint of old times has few counters or none
@@ -132,7 +130,8 @@ def test_other_types_become_float32(dtype: torch.dtype, tmp_path: Path) -> None:
 def test_backbone_comes_out_of_a_whole_detector(config: str, arch: Arch, tmp_path: Path) -> None:
     state = torchvision_state(arch, 3)
     convert(read_backbone(save(state, tmp_path / "a.pth")), tmp_path / "b.pkl", size=64)
-    cfg = load_config(CONFIGS / config, {"MODEL.DEVICE": "cpu"})
+    thin = {"MODEL.FPN.OUT_CHANNELS": "16", "MODEL.ROI_BOX_HEAD.FC_DIM": "16"}
+    cfg = load_config(CONFIGS / config, {"MODEL.DEVICE": "cpu"} | (thin if "FPN" in config else {}))
     set_arch(cfg, arch)
     model = build_model(cfg)
     load_backbone(model, tmp_path / "b.pkl")

@@ -16,6 +16,7 @@ from common import checkpoints
 from common.backbone import read_backbone
 from common.errors import UserError
 from common.network import ResNet
+from common.resnet import Arch
 from detection import export
 from detection.predict import Detector, load_detector
 from detection.training.config import describe, load_config, parse_overrides, write_config
@@ -37,7 +38,8 @@ def make_folder(tmp_path_factory, tiny_overrides):
     @functools.cache
     def make(name: str) -> Path:
         place = tmp_path_factory.mktemp("export") / name
-        cfg = load_config(CONFIGS / f"{name}.yaml", parse_overrides(tiny_overrides))
+        thin = ["MODEL.FPN.OUT_CHANNELS=32", "MODEL.ROI_BOX_HEAD.FC_DIM=64"] * ("FPN" in name)
+        cfg = load_config(CONFIGS / f"{name}.yaml", parse_overrides([*tiny_overrides, *thin]))
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(CLASSES)
         torch.manual_seed(0)
         model = build_model(cfg)
@@ -175,8 +177,9 @@ def test_difference_of_two_sets_of_boxes(change, expected: float) -> None:
      ("torchscript", "a.pt"), ("onnx", "a.onnx")],
 )  # fmt: skip
 def test_backbone_in_every_form(to, name, tmp_path, capsys):
-    state = torchvision_state()
-    source = save(our_checkpoint(state), tmp_path / "checkpoint.pth")
+    arch = Arch(18, 2, 3, 2) if to in ("torchscript", "onnx") else TINY
+    state = torchvision_state(arch)
+    source = save(our_checkpoint(state, arch), tmp_path / "checkpoint.pth")
     out = tmp_path / "out" / name
     out.parent.mkdir()
     status = main([str(tmp_path), str(out), "--to", to])
@@ -192,7 +195,7 @@ def test_backbone_in_every_form(to, name, tmp_path, capsys):
     if to == "torchscript":
         image = torch.rand(2, 3, 64, 96)
         mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in ([0.5, 0.4, 0.3], [0.2, 0.25, 0.3]))
-        network = ResNet(TINY).eval()
+        network = ResNet(arch).eval()
         network.load_state_dict(state)
         with torch.no_grad():
             own = network((image - mean) / std)

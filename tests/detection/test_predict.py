@@ -42,9 +42,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str])
     """A run's folder with data/ (pictures of different sizes) and detection/random/seed-0."""
     run = tmp_path_factory.mktemp("run")
     make_voc(run / "data", num_test=12, size=64, growth=6)
-    more = "SOLVER.MAX_ITER=40 SOLVER.WARMUP_ITERS=5 SOLVER.STEPS=() TEST.IMS_PER_BATCH=5 "
-    more += "MODEL.RPN.POST_NMS_TOPK_TEST=30 MODEL.RPN.POST_NMS_TOPK_TRAIN=60 "
-    more += "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE=16 SOLVER.CHECKPOINT_PERIOD=100"
+    more = "SOLVER.MAX_ITER=15 SOLVER.WARMUP_ITERS=5 SOLVER.STEPS=() TEST.IMS_PER_BATCH=5 "
+    more += "MODEL.RPN.POST_NMS_TOPK_TEST=60 MODEL.RPN.POST_NMS_TOPK_TRAIN=60 "
+    more += "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE=8 MODEL.ROI_HEADS.SCORE_THRESH_TEST=0.0"
     assert train_voc.main([
         "random", "--config", str(CONFIGS / "thin_R50_C4.yaml"), "--data", str(run / "data"),
         "--out", str(run / "detection/random"), *tiny_overrides, *more.split(),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torchvision
+from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import Tensor, nn
@@ -200,9 +201,14 @@ class FixedDetector(nn.Module):
         return outputs
 
 
+@functools.cache
+def _config() -> CfgNode:
+    return load_config(CONFIG, {"INPUT.MIN_SIZE_TEST": "32", "TEST.NUM_SAVED_IMAGES": "2"})
+
+
 def evaluate(voc: LabelledSet, found: Mapping[str, Sequence[FoundBox]], folder: Path) -> Evaluation:
     """What the evaluation of a detector gives, its detections fixed."""
-    cfg = load_config(CONFIG, {"INPUT.MIN_SIZE_TEST": "32", "TEST.NUM_SAVED_IMAGES": "2"})
+    cfg = _config().clone()
     cfg.DATASETS.TEST = (register(voc)[1],)
     loader = build_test_loader(cfg, cfg.DATASETS.TEST[0])
     result = evaluate_detector(cfg, FixedDetector(found), loader, voc)

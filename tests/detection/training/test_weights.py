@@ -26,6 +26,12 @@ from detection.training.weights import (
 from tests.detection.tiny_detection import CONFIGS
 from tests.detection.tiny_weights import torchvision_state
 
+THIN = Arch(50, 8, 8, 32)  # not the width of any config
+TO_THIN = [
+    "MODEL.RESNETS.WIDTH_PER_GROUP=8", "MODEL.RESNETS.STEM_OUT_CHANNELS=8",
+    "MODEL.RESNETS.RES2_OUT_CHANNELS=32",
+]  # fmt: skip
+
 
 def detector(config: str, *overrides: str) -> nn.Module:
     torch.manual_seed(0)
@@ -37,8 +43,8 @@ def detector(config: str, *overrides: str) -> nn.Module:
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folder, found = tmp_path_factory.mktemp("weights"), {}
-    for depth, res2 in ((18, 64), (34, 64), (50, 256)):
-        state = torchvision_state(Arch(depth, 64, 64, res2), depth)
+    for arch in (Arch(18, 64, 64, 64), Arch(34, 64, 64, 64), THIN):
+        depth, state = arch.depth, torchvision_state(arch, arch.depth)
         state = {name: value for name, value in state.items() if "tracked" not in name}
         found[depth] = folder / f"r{depth}.pth"
         write_weights(found[depth], to_detectron2(state), {})
@@ -63,8 +69,8 @@ def assert_landed(model: nn.Module, path: Path, prefix: str) -> None:
     ],
 )
 def test_every_tensor_lands(config, depth, num_tensors, frozen, weights):
-    model = detector(config, "MODEL.RESNETS.DEPTH", str(depth), "MODEL.BACKBONE.FREEZE_AT",
-                     str(frozen))  # fmt: skip
+    overrides = [f"MODEL.RESNETS.DEPTH={depth}", f"MODEL.BACKBONE.FREEZE_AT={frozen}"]
+    model = detector(config, *overrides, *(TO_THIN if depth == 50 else []))
     assert load_backbone(model, weights[depth]) == num_tensors
     assert_landed(model, weights[depth], "backbone.bottom_up." if "FPN" in config else "backbone.")
 
