@@ -135,9 +135,9 @@ def gather(x: Tensor) -> Tensor:
     """All processes' rows in rank order, with gradient: [n, d] -> [world_size * n, d]."""
     if not is_on():
         return x
-    from torch.distributed.nn import functional as dist_functional
+    from pretrain.differentiable_gather import Gather
 
-    return torch.cat(dist_functional.all_gather(x.contiguous()))
+    return Gather.apply(x)  # type: ignore[return-value]
 
 
 def total(x: Tensor) -> Tensor:

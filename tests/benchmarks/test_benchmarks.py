@@ -112,7 +112,6 @@ def test_fa_overhead(tmp_path):
     assert (figures["device"], figures["sizes"]["queue_size"]) == ("cpu", 64)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's own, of its gather with gradient
 def test_cost_growth(tmp_path, monkeypatch, capsys):
     photos = harness.encoded_photos(2)
     monkeypatch.setattr(harness, "encoded_photos", lambda num: photos[:num])
