@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from tests.pretrain.engine.run_helpers import SMALL
+from tests.pretrain.engine.run_helpers import LIGHT, SMALL
 from tests.pretrain.engine.sync_counter import counted_syncs
 
-BASE = SMALL | {
+BASE = SMALL | LIGHT | {
     "optim": SMALL["optim"] | {"epochs": 4},
     "engine": {"log_every_steps": 1000, "num_threads": 1, "watchdog_seconds": 0},
 }
