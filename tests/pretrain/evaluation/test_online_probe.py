@@ -17,11 +17,15 @@ from tests.pretrain.engine.run_helpers import LIGHT, SMALL, assert_same_state, t
 from tests.ranks import assert_well, run_group
 
 CPU = torch.device("cpu")
-BASE = SMALL | LIGHT | {
-    "optim": SMALL["optim"] | {"base_lr": 1.0},
-    "engine": SMALL["engine"] | {"log_every_steps": 2, "checkpoint_every_steps": 3},
-    "eval": SMALL["eval"] | {"online_probe": True, "online_probe_lr": 0.01},
-}
+BASE = (
+    SMALL
+    | LIGHT
+    | {
+        "optim": SMALL["optim"] | {"base_lr": 1.0},
+        "engine": SMALL["engine"] | {"log_every_steps": 2, "checkpoint_every_steps": 3},
+        "eval": SMALL["eval"] | {"online_probe": True, "online_probe_lr": 0.01},
+    }
+)
 
 
 @pytest.fixture
