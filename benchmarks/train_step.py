@@ -429,10 +429,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     require(peak is None or 0 < peak < math.inf, f"--peak-tflops {peak}: must be more than 0")
     num_steps, num_wall_steps, num_warmups = (10, 20, 10) if is_gpu else (1, 6, 2)
     num_workers = options.workers or max(1, (os.cpu_count() or 2) - 1)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as at_end:
         folder, num_samples = Path(name), BATCHES_PER_EPOCH * sizes.batch_size
         harness.open_as_shards(harness.encoded_photos(16), folder, num_samples).close()
         run = build_run(folder, sizes, device.type, num_workers, options.settings)
+        at_end.callback(run.batches.close)  # collected later, its workers would keep 10 s waiting
         arms = make_arms(run, random_views(sizes, device))
         losses = check_same_loss(arms)
         per_picture = count_flops(lambda: arms["eager"].steps(1)) // sizes.batch_size

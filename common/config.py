@@ -141,12 +141,18 @@ def parse_yaml(text: str, where: str) -> Any:
         UserError: If it does not parse, names Python objects, nests too deep or repeats too much.
     """
     try:
-        _check_bounds(text)
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+        return copy.deepcopy(_loaded_yaml(text))
     except _YAML_ERRORS as error:
         if isinstance(error, UserError):
             raise UserError(f"{where}: {error}") from None
         raise UserError(f"{where}: is not YAML: {one_line(error)}") from None
+
+
+@functools.lru_cache(maxsize=64)
+def _loaded_yaml(text: str) -> Any:
+    """The values of YAML, not to be changed; the stages of a pipeline read the same few files."""
+    _check_bounds(text)
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
 
 
 def _check_bounds(text: str) -> None:

@@ -397,17 +397,6 @@ def render(out: Path) -> str:
     """
     errors.require(out.is_dir(), errors.no_such_file(out, "give the folder of a run", "folder"))
     errors.require((out / RUN_FILE).is_file(), f"{out} holds no run: {out / RUN_FILE} is missing")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.ChainableUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {
-        "number": number,
-        "signed": lambda value, digits=1: number(value, digits, "+"),
-        "clock": lambda value: errors.duration(value) if is_number(value) else DASH,
-        "contents": re.compile(r'<section id="([^"]+)".*\n *<h2[^>]*>(.*)</h2>').findall,
-        "gib": lambda value: f"{value / 2**30:.2f} GiB" if is_number(value) else DASH,
-    }
     script = (HERE / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
@@ -423,12 +412,29 @@ def render(out: Path) -> str:
         f'  :root:not([data-theme="light"]) {{ color-scheme: dark; {dark} }}\n}}\n'
         f'@media screen {{ :root[data-theme="dark"] {{ color-scheme: dark; {dark} }} }}\n'
     )
-    return environment.get_template("report.html.j2").render(
+    return _template().render(
         context(out),
         policy=policy,
         style=Markup(palette + (HERE / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
     )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    """Compiled once: a pipeline writes its page after every stage."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.ChainableUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "number": number,
+        "signed": lambda value, digits=1: number(value, digits, "+"),
+        "clock": lambda value: errors.duration(value) if is_number(value) else DASH,
+        "contents": re.compile(r'<section id="([^"]+)".*\n *<h2[^>]*>(.*)</h2>').findall,
+        "gib": lambda value: f"{value / 2**30:.2f} GiB" if is_number(value) else DASH,
+    }
+    return environment.get_template("report.html.j2")
 
 
 def number(value: Any, digits: int = 1, sign: str = "") -> str:

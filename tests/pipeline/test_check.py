@@ -198,6 +198,7 @@ def test_a_page_of_a_failed_call_does_not_stay(tmp_path, monkeypatch, capsys) ->
         experiment.run_experiment(load_config(SMOKE), out, command, Limits(rerun=rerun))
 
     monkeypatch.setattr(experiment, "check", lambda *_: {})
+    monkeypatch.setattr("pipeline.run._POLL_SECONDS", 0.01)
     call("pass")
     assert (out / "report.html").read_text() == "good"
     with pytest.raises(RunFailed) as caught:

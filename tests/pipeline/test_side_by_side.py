@@ -1,6 +1,5 @@
 """Stages of one group beside each other, as real processes that wait for one another."""
 
-import io
 import os
 import signal
 import subprocess
@@ -14,65 +13,17 @@ import pytest
 from common.errors import RunFailed
 from pipeline import experiment, run
 from pipeline.jobs import session_members
-from pipeline.plan import Stage, read_run
-from pipeline.run import Limits, Progress, Runner, TimeIsUp
+from pipeline.run import TimeIsUp
+from tests.pipeline.bench import Bench
 from tools import run_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
-# A stage: says that it has begun, waits for files of others or of the test, leaves its output.
-SCRIPT = """
-import os, pathlib, sys, time
-out, name, wait = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
-with (out.parent / "begun.txt").open("a") as stream:
-    stream.write(name + "\\n")
-(out.parent / (name + ".begun")).write_text(str(os.getpid()))
-deadline = time.monotonic() + 40
-while not all((out.parent / file).exists() for file in wait):
-    time.sleep(0.02)
-    if time.monotonic() > deadline:
-        sys.exit("waited in vain for " + " ".join(wait))
-if (out.parent / (name + ".breaks")).exists():
-    sys.exit(3)
-print(name, "threads", os.environ.get("OMP_NUM_THREADS"))
-(out / name).write_text(name)
-"""
-
-
-class Bench:
-    """Stages a, b, ... of one group; each begins, waits for files, and leaves one."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.out = folder, folder / "out"
-        self.out.mkdir()
-        self.script = folder / "stage.py"
-        self.script.write_text(SCRIPT)
-        self.shown = io.StringIO()
-
-    def stage(self, name: str, *wait: str, group: str = "detection") -> Stage:
-        command = (sys.executable, str(self.script), str(self.out), name, *wait)
-        return Stage(
-            name=name, command=command, outputs=(name,), owns=(name,), resumable=True, group=group
-        )
-
-    def run(self, stages: list[Stage], parallel: int, *, threads=None, minutes=None, **options):
-        limits = Limits(parallel, threads, minutes=minutes)
-        runner = Runner(self.folder, self.out, ["again"], limits)
-        runner.run(stages, Progress(len(stages), self.shown), **options)
-        return runner
-
-    def begun(self) -> list[str]:
-        return (self.folder / "begun.txt").read_text().split()
-
-    def records(self) -> dict[str, dict]:
-        return read_run(self.out)["stages"]
-
-    def states(self) -> dict[str, str]:
-        return {name: record["status"] for name, record in self.records().items()}
 
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(run, "_POLL_SECONDS", 0.01)
     return Bench(tmp_path)
 
 
@@ -82,13 +33,13 @@ def test_stages_of_a_group_overlap_and_keep_their_own_time(bench):
 
     def after_each() -> None:
         if bench.records().get("a", {}).get("status") == "finished":
-            time.sleep(0.5)
+            time.sleep(0.25)
             (bench.folder / "late").write_text("")
 
     runner = bench.run(stages, 2, after_each=after_each)
     records = bench.records()
     assert {r["status"] for r in records.values()} == {"finished"}
-    assert records["b"]["seconds"] >= records["a"]["seconds"] + 0.4
+    assert records["b"]["seconds"] >= records["a"]["seconds"] + 0.15
     assert all(record["peak_memory_bytes"] > 1 << 20 for record in records.values())
     assert bench.begun()[2] == "report", "a stage without the group waits for all of it"
     assert "a threads" in runner.log_path(stages[0]).read_text()
@@ -129,7 +80,7 @@ def test_a_failure_lets_the_neighbour_finish_and_begins_nothing_new(bench):
 
 
 def test_stages_save_before_the_time_is_up(bench):
-    minutes = (run.SAVE_SECONDS + 0.5) / 60
+    minutes = (run.SAVE_SECONDS + 0.2) / 60
     with pytest.raises(TimeIsUp, match="time is up"):
         bench.run([bench.stage(name, "never") for name in "abc"], 2, minutes=minutes)
     assert bench.states() == {"a": "stopped", "b": "stopped"}
@@ -142,7 +93,7 @@ def test_stages_save_before_the_time_is_up(bench):
 def test_a_pipeline_stops_in_time_and_goes_on(bench, monkeypatch, capsys):
     """Through the command line; the stages are stand-ins."""
     monkeypatch.setattr(experiment, "build_stages", lambda *_: [bench.stage("a", "late")])
-    minutes = (run.SAVE_SECONDS + 1) / 60
+    minutes = (run.SAVE_SECONDS + 0.3) / 60
     words = ["compare", "--out", str(bench.out), "--max-minutes"]
     assert run_pipeline.main([*words, str(minutes)]) == 3
     assert "time is up" in capsys.readouterr().out
@@ -157,7 +108,7 @@ def test_a_pipeline_stops_in_time_and_goes_on(bench, monkeypatch, capsys):
 DRIVER = """
 import sys
 from pathlib import Path
-from tests.pipeline.test_side_by_side import Bench
+from tests.pipeline.bench import Bench
 from common.errors import StoppedBySignal
 from pipeline.run import Limits, Progress, Runner
 bench = Bench.__new__(Bench)

@@ -58,9 +58,11 @@ def test_every_kind_of_file_gives_the_network_and_its_preprocessing(files, kind)
     assert bool(backbone.notes) == (kind == "moco")
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_features_equal_those_of_torchvision(tmp_path, name):
-    theirs = getattr(torchvision.models, name)().eval()
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("resnet18", {}), ("resnet50", {"width_per_group": 8})]
+)
+def test_features_equal_those_of_torchvision(tmp_path, name, sizes):
+    theirs = getattr(torchvision.models, name)(**sizes).eval()
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
     backbone, images = load_backbone(tmp_path / "w.pth"), torch.randn(2, 3, 64, 96)
     theirs.fc = nn.Identity()

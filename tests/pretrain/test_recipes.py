@@ -15,10 +15,12 @@ from pretrain.config import PretrainConfig, load_config, resolve
 from pretrain.evaluation.linear.config import LinearConfig
 from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.run import make_trainer
+from tests.pretrain.model.two_layers import TwoLayers
 
 FOLDER = Path(__file__).parents[2] / "configs" / "pretrain"
 RECIPES = sorted(p for p in FOLDER.rglob("*.yaml") if p.parent.name.startswith("imagenet"))
 BATCH, SHARDS_HOLD = 16, 40
+load = cache(load_config)
 
 
 def tiny(config: PretrainConfig, out: Path, shards: Path) -> PretrainConfig:
@@ -33,9 +35,7 @@ def tiny(config: PretrainConfig, out: Path, shards: Path) -> PretrainConfig:
     return replace(
         config,
         out=str(out),
-        arch=replace(
-            config.arch, depth=18, width_per_group=4, stem_channels=4, res2_channels=4
-        ),
+        arch=TwoLayers(),
         data=replace(
             config.data, shards=str(shards), image_size=32, batch_size=BATCH, num_workers=0,
             augmentation=replace(augmentation, small_crops=small_crops),
@@ -54,7 +54,7 @@ def tiny(config: PretrainConfig, out: Path, shards: Path) -> PretrainConfig:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_recipe_makes_two_steps(path, tmp_path, shards):
-    config = tiny(load_config(path), tmp_path / "run", shards)
+    config = tiny(load(path, ()), tmp_path / "run", shards)
     run = make_trainer(config, resume=False)
     before = {k: v.clone() for k, v in run.task.model.online.named_parameters()}
     assert run.batches.num_steps == SHARDS_HOLD // BATCH == 2
@@ -93,7 +93,7 @@ def test_a_recipe_with_fa_is_its_base_recipe_but_for_fa(path):
         return
     epochs = tail.partition("_")[2]
     base = path.with_name(f"{base_name}_{epochs}.yaml" if epochs else f"{base_name}.yaml")
-    config, plain = load_config(path), load_config(base)
+    config, plain = load(path, ()), load(base, ())
     assert plain.fa.method == "none"
     augmentation = config.data.augmentation
     data = replace(plain.data, augmentation=augmentation)
@@ -111,9 +111,6 @@ NOT_IN_A_PROTOCOL = {
     "shuffle_window", "checkpoint_every_steps", "knn_k", "knn_temperature", "device", "precision",
     "num_workers",
 }  # fmt: skip
-
-
-load = cache(load_config)
 
 
 @cache

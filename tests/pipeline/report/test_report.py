@@ -51,6 +51,7 @@ def _no_charts(monkeypatch) -> None:
     """They take most of a page's time."""
     monkeypatch.setattr(charts, "line_chart", lambda *_, **__: None)
     monkeypatch.setattr(charts, "interval_chart", lambda *_: None)
+    monkeypatch.setattr(charts, "matrix_chart", lambda *_: None)
 
 
 # Data

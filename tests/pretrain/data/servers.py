@@ -30,6 +30,13 @@ class Faulty:
     heads: Counter[str] = field(default_factory=Counter)
     released: threading.Event = field(default_factory=threading.Event)
 
+    def serve(self, root: Path) -> "Faulty":
+        """Begin anew with another folder; whoever waits is released. Clients may stay."""
+        self.released.set()
+        self.root, self.faults = root, lambda handler, count: False
+        self.gets, self.heads, self.released = Counter(), Counter(), threading.Event()
+        return self
+
 
 class Handler(BaseHTTPRequestHandler):
     """Serves files with ranges."""

@@ -176,7 +176,8 @@ def test_command_that_stalls_is_ended() -> None:
     assert time.monotonic() - start < 10
 
 
-def test_second_try_must_bring_the_same(tmp_path: Path) -> None:
+def test_second_try_must_bring_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_FIRST_DELAY_SECONDS", 0.01)
     (tmp_path / "a.tar").write_bytes(b"1" * 5000)
     once = f"test -e {tmp_path}/mark || (: > {tmp_path}/mark; exit 3)"
     for second in ("tr 1 2 <", "head -c 3000"):

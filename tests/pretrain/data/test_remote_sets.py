@@ -28,10 +28,22 @@ from tests.pretrain.data.servers import Faulty, Handler, faulty, s3_server
 ALL = "shard-{000000..000003}.tar"
 
 
+@pytest.fixture(scope="module")
+def clients() -> dict:
+    """A client takes most of a test's time to make: all tests have one server and its clients."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
+    with faulty(tmp_path_factory.mktemp("nothing")) as one:
+        yield one
+
+
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(clients: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_FIRST_DELAY_SECONDS", 0.01)
-    monkeypatch.setattr(remote, "_filesystems", {})  # those of other tests know another server
+    monkeypatch.setattr(remote, "_filesystems", clients)  # those of other modules know another one
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {
@@ -42,9 +54,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def broken(shard_folder: Path) -> Iterator[Faulty]:
-    with faulty(shard_folder) as server:
-        yield server
+def broken(server: Faulty, shard_folder: Path) -> Faulty:
+    return server.serve(shard_folder)
 
 
 def cache(tmp_path: Path, **options: float) -> CacheOptions:
@@ -60,11 +71,11 @@ def same_pictures(index: ShardIndex, local: ShardIndex) -> bool:
 
 
 @pytest.fixture(params=["http", "s3"])
-def store(request, shard_folder, monkeypatch):
+def store(request, server, shard_folder, monkeypatch):
     """The address of the set on a server, and the server; that of S3 cannot list."""
-    with faulty(shard_folder.parent) as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        yield f"{server.url if request.param == 'http' else 's3:/'}/shards", server
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    where = server.url if request.param == "http" else "s3:/"
+    return f"{where}/shards", server.serve(shard_folder.parent)
 
 
 @pytest.mark.parametrize("name", ["/", f"/{ALL}"], ids=["index", "tars"])
@@ -137,6 +148,7 @@ def s3_address() -> Iterator[str]:
 
 def test_object_store(s3_address, index, shard_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_address)
+    monkeypatch.setattr(remote, "_filesystems", {})
     client = boto3.client("s3")
     client.create_bucket(Bucket="set")
     for path in shard_folder.glob("*.tar"):
@@ -192,12 +204,12 @@ def test_slow_server(broken: Faulty, index: ShardIndex, tmp_path: Path) -> None:
         handler.send_header("Content-Length", str(len(data)))
         handler.end_headers()
         for start in range(0, len(data), len(data) // 4):
-            time.sleep(0.3)
+            time.sleep(0.15)
             handler.wfile.write(data[start : start + len(data) // 4])
         return True
 
     broken.faults = slow
-    options = cache(tmp_path, patience=Patience(0, 1))
+    options = cache(tmp_path, patience=Patience(0, 0.5))
     found = ShardIndex.open(f"{broken.url}/shard-000000.tar", options)
     assert found.read_bytes(3) == index.read_bytes(3)
 

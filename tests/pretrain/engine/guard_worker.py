@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+import tests.pretrain.model.two_layers  # noqa: F401  a name that configs may say
 from pretrain import collectives as dist
 from pretrain.__main__ import main
 from pretrain.engine.trainer import Trainer

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+import tests.pretrain.model.two_layers  # noqa: F401  a name that configs may say
 from common.files import read_json_lines
 from pretrain.engine.trainer import Trainer
 
@@ -31,6 +32,8 @@ SMALL = TINY | {
     "engine": TINY["engine"] | {"watchdog_seconds": 0},
 }
 """BYOL, whose single steps may be taken, since no timer is started."""
+LIGHT = {"arch": {"name": "two_layers"}}
+"""In place of their ResNet, for what does not depend on the network: a fifth of the time."""
 
 
 def assert_same_state(a, b, where=""):

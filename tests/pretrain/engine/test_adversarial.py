@@ -11,10 +11,10 @@ from pretrain.config import AdversarialConfig, DataConfig, OptimConfig
 from pretrain.engine.accumulation import Gradients, perturb
 from pretrain.features.augmentations.base import fa_generator
 from pretrain.objectives.base import Pair
-from tests.pretrain.engine.run_helpers import SMALL
+from tests.pretrain.engine.run_helpers import LIGHT, SMALL
 from tests.pretrain.model.references import compare, enter
 
-BASE = SMALL
+BASE = SMALL | LIGHT
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 SHAPE = (1, 3, 1, 1)
 

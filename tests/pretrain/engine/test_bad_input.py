@@ -9,9 +9,9 @@ import torch
 from pretrain.collectives import choose_device
 from pretrain.engine import checkpoint
 from tests.pretrain.data.picture_helpers import damage
-from tests.pretrain.engine.run_helpers import TINY, error_of, train_rows
+from tests.pretrain.engine.run_helpers import LIGHT, TINY, error_of, train_rows
 
-BASE = TINY
+BASE = TINY | LIGHT
 
 
 def test_missing_shards(start, shards, tmp_path):

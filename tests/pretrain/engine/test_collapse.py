@@ -8,15 +8,19 @@ from pretrain import collectives as dist
 from pretrain.config import EngineConfig
 from pretrain.engine import checkpoint
 from pretrain.engine.guards import CollapseAlarm
-from tests.pretrain.engine.run_helpers import ROOT, TINY, rows_of
+from tests.pretrain.engine.run_helpers import LIGHT, ROOT, TINY, rows_of
 
 DEMO = ROOT / "configs" / "pretrain" / "demo.yaml"
-BASE = TINY | {
-    "data": {"image_size": 32, "batch_size": 20, "num_workers": 0},
-    "heads": {"projector_hidden_dim": 48, "predictor_hidden_dim": 48, "output_dim": 24},
-    "fa": {"method": "none"},
-    "optim": {"name": "sgd", "epochs": 12, "base_lr": 8, "warmup_epochs": 0},
-}
+BASE = (
+    TINY
+    | LIGHT
+    | {
+        "data": {"image_size": 32, "batch_size": 20, "num_workers": 0},
+        "heads": {"projector_hidden_dim": 48, "predictor_hidden_dim": 48, "output_dim": 24},
+        "fa": {"method": "none"},
+        "optim": {"name": "sgd", "epochs": 12, "base_lr": 8, "warmup_epochs": 0},
+    }
+)
 
 
 SPREAD = {"feature_std": 0.9, "effective_rank": 50.0}

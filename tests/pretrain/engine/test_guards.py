@@ -15,10 +15,10 @@ from pretrain.engine import checkpoint, guards
 from pretrain.engine.trainer import Trainer
 from tests.pretrain.data.picture_helpers import damage
 from tests.pretrain.engine.guard_worker import run_disturbed_pair
-from tests.pretrain.engine.run_helpers import SMALL, error_of, train_rows
+from tests.pretrain.engine.run_helpers import LIGHT, SMALL, error_of, train_rows
 
 SECONDS = 2.0  # no step of this network takes so long, also beside other work
-BASE = SMALL | {"optim": SMALL["optim"] | {"epochs": 1}}
+BASE = SMALL | LIGHT | {"optim": SMALL["optim"] | {"epochs": 1}}
 
 
 def written(folder, step):
@@ -168,13 +168,13 @@ def test_a_hang_is_reported_and_the_run_goes_on(start, monkeypatch, tmp_path):
 
     def pausing(self, batch):
         if self.position.step == 3:
-            time.sleep(1.5)
+            time.sleep(0.75)
         return step(self, batch)
 
     monkeypatch.setattr(Trainer, "step", pausing)
     with open(tmp_path / "stacks", "w+") as stderr:
         monkeypatch.setattr(guards, "STDERR", stderr.fileno())
-        status, folder, _ = start("run", "engine.watchdog_seconds=0.7")
+        status, folder, _ = start("run", "engine.watchdog_seconds=0.25")
         printed = (tmp_path / "stacks").read_text()
     assert status == 0
     assert "Timeout (0:00:00" in printed

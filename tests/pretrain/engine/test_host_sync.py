@@ -3,13 +3,17 @@
 import pytest
 import torch
 
-from tests.pretrain.engine.run_helpers import SMALL
+from tests.pretrain.engine.run_helpers import LIGHT, SMALL
 from tests.pretrain.engine.sync_counter import counted_syncs
 
-BASE = SMALL | {
-    "optim": SMALL["optim"] | {"epochs": 4},
-    "engine": {"log_every_steps": 1000, "num_threads": 1, "watchdog_seconds": 0},
-}
+BASE = (
+    SMALL
+    | LIGHT
+    | {
+        "optim": SMALL["optim"] | {"epochs": 4},
+        "engine": {"log_every_steps": 1000, "num_threads": 1, "watchdog_seconds": 0},
+    }
+)
 NUM_STEPS = 3  # the queue holds 16 entries before the third
 CASES = {
     **{name: [f"objective.name={name}"] for name in ("byol", "simclr")},

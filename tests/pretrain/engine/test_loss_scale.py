@@ -8,9 +8,15 @@ import torch
 from pretrain.engine import checkpoint
 from pretrain.engine.checkpoint import copied
 from tests.pretrain.engine.guard_worker import run_disturbed_pair
-from tests.pretrain.engine.run_helpers import SMALL, assert_same_state, error_of, train_rows
+from tests.pretrain.engine.run_helpers import (
+    LIGHT,
+    SMALL,
+    assert_same_state,
+    error_of,
+    train_rows,
+)
 
-BASE = SMALL | {"engine": SMALL["engine"] | {"precision": "fp16"}}
+BASE = SMALL | LIGHT | {"engine": SMALL["engine"] | {"precision": "fp16"}}
 START = 256.0  # fits from the first step on; at torch's 65,536 the first steps of BASE overflow
 WAYS = {"whole": [], "plain": ["optim.micro_batch_size=4"]}
 WAYS["cached"] = [*WAYS["plain"], "optim.accumulation=cached"]

@@ -26,7 +26,7 @@ def test_missing_process_is_told_with_rank_and_address(monkeypatch, rank, messag
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match=rf"rank {rank} of 2 on .*{message}"):
-        dist.start("cpu", 0.5)
+        dist.start("cpu", 0.2)
     assert not dist.is_on()
 
 

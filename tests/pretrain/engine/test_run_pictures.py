@@ -11,13 +11,13 @@ from pretrain.engine import checkpoint
 from pretrain.evaluation import pictures
 from pretrain.evaluation.pictures import RunPictures
 from pretrain.evaluation.probe import Probe
-from tests.pretrain.engine.run_helpers import TINY, assert_same_state, die_before
+from tests.pretrain.engine.run_helpers import LIGHT, TINY, assert_same_state, die_before
 
 EPOCH = TINY["optim"] | {"epochs": 1, "base_lr": 0.5}  # five steps
 PICTURES = {"num_pictures": 3, "num_map_points": 12, "knn_k": 5}
 # Dropout draws from the global random state, which an evaluation loader would move.
 HEADS = TINY["heads"] | {"dropout": 0.3}
-BASE = TINY | {"optim": EPOCH, "eval": PICTURES, "heads": HEADS}
+BASE = TINY | LIGHT | {"optim": EPOCH, "eval": PICTURES, "heads": HEADS}
 OPTIONS = ["engine.checkpoint_every_steps=2"]
 
 

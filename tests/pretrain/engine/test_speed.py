@@ -219,7 +219,7 @@ def quick_compiler(monkeypatch):
 @pytest.mark.parametrize("case", [pytest.param("whole", marks=pytest.mark.slow), "cached maps"])
 def test_compiled_backbone_is_called_in_training_only(make_run, quick_compiler, case):
     """Same numbers and names; as many graphs as views pass, with and without gradient."""
-    options = [*ACCUMULATION[case], "eval.online_probe=true"]
+    options = [*ACCUMULATION[case], "eval.online_probe=true", "arch={name: two_layers}"]
     plain = make_run(*options, name="plain")
     compiled = make_run(*options, "engine.compile=true", name="compiled")
     expected = take_steps(plain, 2)
@@ -247,7 +247,7 @@ def test_a_compiler_that_fails_is_told_in_one_line(make_run, monkeypatch):
         torch, "compile", lambda function, **options: compile_(function, backend=backend, **options)
     )
     torch._dynamo.reset()
-    run = make_run("engine.compile=true")
+    run = make_run("engine.compile=true", "arch={name: two_layers}")
     with pytest.raises(
         UserError, match=r"engine\.compile=true: torch\.compile failed .*C\+\+.*false"
     ):

@@ -22,6 +22,7 @@ from pretrain.engine.trainer import Trainer
 from pretrain.evaluation.probe import KnnCallback
 from pretrain.model.joint_embedding import FAContrastive
 from tests.pretrain.engine.run_helpers import (
+    LIGHT,
     TINY,
     assert_same_state,
     error_of,
@@ -33,7 +34,8 @@ from tests.pretrain.model import references
 from tests.pretrain.model.references import unit
 
 ROOT = Path(__file__).parents[3]
-BASE = TINY
+BASE = TINY | LIGHT
+RESNET = f"arch={TINY['arch'] | {'name': 'resnet'}}"
 STEPS_PER_EPOCH = 5  # 40 pictures, batch 8
 BYOL = [
     "objective.name=byol",
@@ -64,7 +66,8 @@ def assert_same_training(a, b):
 
 def test_files_of_a_run(start, shards):
     status, folder, err = start(
-        "files", f"eval.probe_train={shards}", f"eval.probe_val={shards}", "eval.num_pictures=3",
+        "files", RESNET, f"eval.probe_train={shards}", f"eval.probe_val={shards}",
+        "eval.num_pictures=3",
         "engine.keep_checkpoints=1", "engine.checkpoint_every_steps=4", "eval.knn_every_epochs=1",
     )  # fmt: skip
     assert status == 0, err
@@ -110,7 +113,7 @@ def test_files_of_a_run(start, shards):
     assert again.optim.epochs == 2
     state = weights(folder)
     assert state["step"] == 10
-    assert state["arch"] == {"name": "resnet"} | BASE["arch"]
+    assert state["arch"] == {"name": "resnet"} | TINY["arch"]
     assert "pretrain: 100%" in err
     assert "loss=" in err
 
@@ -220,7 +223,7 @@ def test_resume_starts_refuses_and_goes_on(start):
 
 
 def test_a_signal_saves_and_the_resumed_run_is_the_same(start, shards, monkeypatch):
-    options = ["data.num_workers=1", "eval.knn_every_epochs=1"]
+    options = [RESNET, "data.num_workers=1", "eval.knn_every_epochs=1"]
     options += [f"eval.probe_train={shards}", f"eval.probe_val={shards}"]
     _, whole, _ = start("whole", *options)
     step, handler = Trainer.step, signal.getsignal(signal.SIGTERM)
@@ -317,8 +320,8 @@ def test_views_have_the_size_and_normalisation_of_the_config(make_run):
 
 def test_arch_heads_and_threads_of_the_config_are_built(make_run):
     run = make_run(
-        "arch.depth=18", "arch.width_per_group=12", "arch.res2_channels=12",
-        "arch.stem_channels=10", "init.residual_gamma=0.25", "engine.num_threads=2",
+        "arch={depth: 18, width_per_group: 12, res2_channels: 12, stem_channels: 10}",
+        "init.residual_gamma=0.25", "engine.num_threads=2",
         "heads.projector_layers=3", "heads.projector_hidden_dim=20", "heads.output_dim=6",
         "heads.projector_last_bn=true", "heads.projector_last_bn_affine=false",
         "heads.projector_hidden_bn=false", "heads.predictor_hidden_dim=10", "heads.dropout=0.25",
@@ -377,7 +380,7 @@ def test_precision_decides_autocast(make_run):
 def test_channels_last_changes_memory_not_meaning(make_run):
     results = {}
     for flag in (True, False):
-        run = make_run(f"engine.channels_last={str(flag).lower()}")
+        run = make_run(RESNET, f"engine.channels_last={str(flag).lower()}")
         views = next(iter(run.batches.epoch(0))).views
         weight = run.task.model.online.backbone.get_submodule("layer1.0").conv2.weight
         for tensor in (views[0], views[1], weight):
@@ -392,7 +395,7 @@ def test_print_config_shows_values_after_overrides(config_file, capsys):
     assert main([str(config_file), "seed=7", "--print-config"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["seed"] == 7
-    assert shown["arch"] == {"name": "resnet"} | BASE["arch"]
+    assert shown["arch"] == LIGHT["arch"]
 
 
 def test_a_batch_reaches_its_loss_in_at_most_eight_frames(make_run, monkeypatch):

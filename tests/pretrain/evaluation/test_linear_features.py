@@ -109,8 +109,8 @@ def test_other_layouts_give_torchvisions_features(tmp_path, layout):
 
 def test_what_conversion_takes_is_taken(tmp_path):
     """Weights of Detectron2 without a card, with the same options; ours without a config."""
-    state = torchvision.models.resnet18().state_dict()
-    model = {n: v.numpy() for n, v in state.items() if not n.startswith("fc.")}
+    state = ResNet(TINY).state_dict()
+    model = {n: v.numpy() for n, v in state.items()}
     named = {detectron2_name(name): value for name, value in model.items()}
     (tmp_path / "d2.pkl").write_bytes(pickle.dumps({"model": named}))
     with pytest.raises(UserError, match="give --preprocessing"):
@@ -121,7 +121,7 @@ def test_what_conversion_takes_is_taken(tmp_path):
     )  # fmt: skip
     assert network.view["mean"] == [0.5, 0.5, 0.5]
     assert torch.equal(network.model.state_dict()["conv1.weight"], state["conv1.weight"])
-    ours = {"format": checkpoint.FORMAT, "arch": asdict(NAMED["R18"]), "preprocessing": None,
+    ours = {"format": checkpoint.FORMAT, "arch": asdict(TINY), "preprocessing": None,
             "model": {f"backbone.{n}": torch.from_numpy(v) for n, v in model.items()}}  # fmt: skip
     torch.save(ours, tmp_path / "ours.pth")
     assert load(tmp_path / "ours.pth").view["image_size"] == 224

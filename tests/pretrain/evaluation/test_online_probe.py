@@ -13,15 +13,19 @@ from pretrain.data.shards import ShardIndex, open_samples
 from pretrain.engine import checkpoint
 from pretrain.evaluation.probe import OnlineProbe
 from pretrain.run import make_trainer
-from tests.pretrain.engine.run_helpers import SMALL, assert_same_state, train_rows
+from tests.pretrain.engine.run_helpers import LIGHT, SMALL, assert_same_state, train_rows
 from tests.ranks import assert_well, run_group
 
 CPU = torch.device("cpu")
-BASE = SMALL | {
-    "optim": SMALL["optim"] | {"base_lr": 1.0},
-    "engine": SMALL["engine"] | {"log_every_steps": 2, "checkpoint_every_steps": 3},
-    "eval": SMALL["eval"] | {"online_probe": True, "online_probe_lr": 0.01},
-}
+BASE = (
+    SMALL
+    | LIGHT
+    | {
+        "optim": SMALL["optim"] | {"base_lr": 1.0},
+        "engine": SMALL["engine"] | {"log_every_steps": 2, "checkpoint_every_steps": 3},
+        "eval": SMALL["eval"] | {"online_probe": True, "online_probe_lr": 0.01},
+    }
+)
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def test_initialisation_is_kaiming_fan_out_and_unit_batch_norm():
             assert torch.equal(module.bias, torch.zeros_like(module.bias)), name
 
 
-@pytest.mark.parametrize(("arch", "last"), [(FULL_WIDTH[18], "bn2"), (THIN, "bn3")], ids=str)
+@pytest.mark.parametrize(("arch", "last"), [(Arch(18, 8, 8, 8), "bn2"), (THIN, "bn3")], ids=str)
 @pytest.mark.parametrize("gamma", [0.0, 0.2])
 def test_residual_gamma_sets_the_last_bn_of_each_block_only(arch, last, gamma):
     torch.manual_seed(0)
