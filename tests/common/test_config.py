@@ -137,7 +137,7 @@ BOMB = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for 
         ("a: &a {b: {<<: *a}}", r"\*a stands within &a itself"),
         ("a: [" + "1," * 20_000 + "]", "more than 20,000 values"),
         ("a: 1\nb: {c: 1, d: 2, c: 3}", "here: line 2: key c stands twice"),
-        ("a: *b", "is not YAML: .*undefined alias"),
+        ("a: *b", "is not YAML: .*undefined alias 'b'"),
         ("a: [1", "is not YAML"),
         ("a: 2026-13-45", "is not YAML"),
         *((f"a: !!{tag}", "is not YAML") for tag in ("timestamp x", "bool x", 'int ""', "map [1]")),
