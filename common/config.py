@@ -68,10 +68,7 @@ def find_config(name: str | Path, kind: str, presets: str = "**/*.yaml") -> Path
     raise UserError(unknown(f"config {str(name)!r}", str(name), names, more=files))
 
 
-_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's takes a tenth
-
-
-class _Loader(_SafeLoader):
+class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with two rules of YAML 1.2: 1e-3 is a number, no key stands twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -154,12 +151,8 @@ def parse_yaml(text: str, where: str) -> Any:
 @functools.lru_cache(maxsize=64)
 def _loaded_yaml(text: str) -> Any:
     """The values of YAML, not to be changed; the stages of a pipeline read the same few files."""
-    try:
-        _check_bounds(text)
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError:
-        yaml.compose(text, Loader=yaml.SafeLoader)  # its message shows the place
-        raise
+    _check_bounds(text)
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
 
 
 def _check_bounds(text: str) -> None:
@@ -167,7 +160,7 @@ def _check_bounds(text: str) -> None:
     # A collection's anchor, number of values and depth, aliases written out.
     open_nodes: list[list[Any]] = [["", 0, 0]]
     known: dict[str, tuple[int, int]] = {}  # anchor -> number of values and depth
-    for event in yaml.parse(text, Loader=_SafeLoader):
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
         tag: str = getattr(event, "tag", None) or ""
         anchor: str = getattr(event, "anchor", None) or ""
         if tag.startswith(_PYTHON_TAG):
