@@ -32,6 +32,7 @@ from pretrain.data.shards import Samples
 
 _CHUNK = 64  # samples whose encoded pictures a worker holds at once
 _MAX_REPLACEMENTS = 32  # stand-ins tried for one bad sample before giving up
+_CLUSTER_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)  # sent to the workers too
 _MAX_KEPT = 4  # blocks of memory that lie idle; a batch ahead and one in use need two
 
 
@@ -470,7 +471,7 @@ def start_workers(dataset: Dataset, sampler: Iterable, num_workers: int) -> Data
     """A DataLoader whose items are whole batches, in the sampler's order."""
     if num_workers:  # a forked worker would wait for ever for threads that only its parent has
         cv2.setNumThreads(1)  # 0 would keep them
-    return DataLoader(
+    return _SafelyStarted(
         dataset,
         batch_size=None,
         sampler=sampler,
@@ -480,6 +481,17 @@ def start_workers(dataset: Dataset, sampler: Iterable, num_workers: int) -> Data
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=partial(_set_up_worker, _leaving()),
     )
+
+
+class _SafelyStarted(DataLoader):
+    """Signals that come while its workers start reach these once they are set up."""
+
+    def __iter__(self) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _CLUSTER_SIGNALS)
+        try:
+            return super().__iter__()  # a worker begins with its parent's mask
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _set_up_worker(leaving: Synchronized, _: int) -> None:
@@ -493,6 +505,7 @@ def _set_up_worker(leaving: Synchronized, _: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end_with_parent)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _CLUSTER_SIGNALS)
 
 
 @cache

@@ -129,8 +129,20 @@ def test_opencv_s_threads_end_before_workers_are_forked(index: ShardIndex) -> No
         cv2.setNumThreads(before)
 
 
-def test_workers_serve_on_when_a_cluster_signals_them(index: ShardIndex) -> None:
+@pytest.mark.parametrize("at_start", [True, False])
+def test_workers_serve_on_when_a_cluster_signals_them(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch, at_start: bool
+) -> None:
     """SLURM sends SIGTERM to all processes; the parent needs batches until it has saved."""
+
+    def send(worker: multiprocessing.Process) -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(worker.pid, number)
+
+    if at_start:  # before a worker has run a line
+        start = multiprocessing.Process.start
+        both = lambda worker: (start(worker), send(worker))  # noqa: E731
+        monkeypatch.setattr(multiprocessing.Process, "start", both)
     loader = Loader(dataset(index), batch_size=8, shuffle_window=20, num_workers=2)
     expected = load(index, batch_size=8, shuffle_window=20)
     others = multiprocessing.active_children()  # another test's, about to end
@@ -138,9 +150,9 @@ def test_workers_serve_on_when_a_cluster_signals_them(index: ShardIndex) -> None
     found = [next(batches)]
     workers = set(multiprocessing.active_children()) - set(others)
     assert len(workers) == 2
-    for worker in workers:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            os.kill(worker.pid, number)
+    if not at_start:
+        for worker in workers:
+            send(worker)
     found += list(batches)
     assert same(found, expected)
     assert all(worker.is_alive() for worker in workers)
