@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["pretrain.__main__", "pretrain.run"])
+# DistributedDataParallel needs torch._dynamo: 2 s in each process.
+_SERVER.set_forkserver_preload(["pretrain.__main__", "pretrain.run", "torch._dynamo"])
 
 
 def free_port() -> int:

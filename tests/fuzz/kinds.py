@@ -683,6 +683,7 @@ class Runs(Kind):
         plan["plan"].append("linear")
         (folder / "experiment.json").write_text(json.dumps(plan))
         shutil.copy(folder / "stages/pretrain.json", folder / "stages/linear.json")
+        report.render(folder)  # else each case imports what draws
 
     def mutate(self, folder: Path, rng: Random) -> str:
         path, how = folder / rng.choice(self.FILES), rng.randrange(8)

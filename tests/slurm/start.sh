@@ -39,6 +39,7 @@ SlurmUser=$user
 SlurmdUser=$user
 # A requeued job waits until its old credential has expired: 120 s unless told otherwise.
 AuthInfo=socket=$dir/munge/socket,cred_expire=5
+SchedulerParameters=sched_interval=1,bf_interval=1
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool-%n
 SlurmctldPidFile=$dir/slurmctld.pid

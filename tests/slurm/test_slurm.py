@@ -23,7 +23,7 @@ from tests.slurm.tiny_run import (
 HERE = Path(__file__).parent
 TWO_PROCESSES = ("--tasks-per-node", "2", "--cpus-per-node", "2")
 TWO_NODES = ("--nodes", "2", "--cpus-per-node", "2")
-EPOCHS = 8  # of 6 steps
+EPOCHS = 5  # of 6 steps
 PATIENCE = 900  # seconds until something that must happen
 
 pytestmark = [

@@ -37,7 +37,7 @@ def config() -> dict[str, Any]:
             "device": "cpu", "precision": "fp32", "log_every_steps": 1, "num_threads": 1,
             "checkpoint_every_steps": 2,
         },
-        "eval": {"knn_every_epochs": 1, "knn_k": 5, "num_pictures": 2},
+        "eval": {"knn_every_epochs": 1, "knn_k": 5, "num_pictures": 0, "num_map_points": 0},
     }  # fmt: skip
 
 

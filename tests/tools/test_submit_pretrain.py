@@ -89,7 +89,7 @@ def test_checkpoint_stops_torchrun_once_and_hands_back_the_same_work(monkeypatch
 
 @pytest.mark.slow
 def test_local_job_is_preempted_and_ends_like_a_whole_run(tmp_path: Path) -> None:
-    config = tiny_run.write_config(tmp_path, optim={"epochs": 8})
+    config = tiny_run.write_config(tmp_path, optim={"epochs": 5})
     whole = tiny_run.run_undisturbed(config, tmp_path / "whole")
     out = tmp_path / "run"
     command = [sys.executable, SCRIPT, str(config), f"out={out}", "--cluster", "local",

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 
 import pytest
 
@@ -16,6 +17,13 @@ from tests.slurm.tiny_run import (
     write_config,
 )
 
+# A checkpoint takes so long that it is seen while it is written.
+SLOW_DISK = """
+import os, time
+sync = os.fsync
+os.fsync = lambda file: (time.sleep(0.3), sync(file))
+"""
+
 
 @pytest.mark.slow
 @pytest.mark.ddp
@@ -23,21 +31,19 @@ def test_killed_while_a_checkpoint_is_written(tmp_path):
     """BYOL with nn FA, EMA, LARS, queue, a loader's worker, the kNN probe."""
     config = write_config(tmp_path)
     whole = run_undisturbed(config, tmp_path / "whole")
-    out = tmp_path
-    for attempt in range(5):  # a run may be faster than the look at it
-        out = tmp_path / f"killed-{attempt}"
-        process = subprocess.Popen(
-            ["bash", str(ROOT / "tools/pretrain.sh"), str(config), f"out={out}"],
-            env=os.environ | {"NPROC": "2", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        is_writing = False
-        while process.poll() is None and not is_writing:
-            is_late = last_step(out) > STEPS_PER_EPOCH
-            is_writing = is_late and bool(list(out.glob("checkpoint.pth.*.partial")))
-        kill_all(process)
-        if is_writing:
-            break
+    out, is_writing = tmp_path / "killed", False
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
+    process = subprocess.Popen(
+        ["bash", str(ROOT / "tools/pretrain.sh"), str(config), f"out={out}"],
+        env=os.environ | {"NPROC": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while process.poll() is None and not is_writing:
+        time.sleep(0.02)
+        is_late = last_step(out) > STEPS_PER_EPOCH
+        is_writing = is_late and bool(list(out.glob("checkpoint.pth.*.partial")))
+    kill_all(process)
+    assert is_writing
     assert not (out / "summary.json").exists()
     run_undisturbed(config, out, "--resume")
     assert identical(whole, out)
