@@ -9,7 +9,7 @@ import pytest
 from pipeline.report import charts, report
 from tests.pipeline.report.run_fixture import evaluate_elsewhere, make_compare, make_run, make_study
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 CHECKS = (Path(__file__).parent / "page_checks.js").read_text()
 PHONE, DESK = 360, 1400
 WIDTHS = (400, 1280)  # common ones
