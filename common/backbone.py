@@ -401,14 +401,14 @@ def _tensors(
         dense = value if isinstance(value, Tensor) and not value.is_meta else None
         if dense is None or dense.layout != torch.strided or dense.dtype not in _WEIGHT_TYPES:
             raise UserError(f"{name} is {_kind(state[name])}, no dense floating-point tensor")
-        if not torch.isfinite(dense).all():
+        if not checkpoints.is_finite(dense):
             raise UserError(f"{name} holds NaN or infinity: the training diverged; {_COPY_AGAIN}")
         tensors[name] = dense.detach().to(torch.float32).contiguous().clone()
         if dense.dtype != torch.float32:
             kind = str(dense.dtype).removeprefix("torch.")
             cast[kind] = cast.get(kind, 0) + 1
-        if not torch.isfinite(tensors[name]).all():
-            raise UserError(f"{name} holds values beyond float32; save the weights as float32")
+            if not checkpoints.is_finite(tensors[name]):
+                raise UserError(f"{name} holds values beyond float32; save the weights as float32")
     return tensors, cast
 
 

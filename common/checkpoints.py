@@ -365,6 +365,11 @@ def named(state: Mapping[Any, Any]) -> Mapping[str, Any]:
     return state
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether no element is NaN or infinite; the sum tells in a tenth of the time, unless it is."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
 def check_finite(state: Mapping[str, Any], path: Path | str) -> None:
     """Look for NaN and infinity in a state dict.
 
@@ -373,7 +378,7 @@ def check_finite(state: Mapping[str, Any], path: Path | str) -> None:
     """
     for name, value in state.items():
         tensor = torch.as_tensor(value) if isinstance(value, np.ndarray) else value
-        if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
+        if isinstance(tensor, Tensor) and not is_finite(tensor):
             raise UserError(
                 f"{path}: {name} holds NaN or infinity: the training diverged, or the file is "
                 "damaged; take an older checkpoint"

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from common import backbone, checkpoints, files, provenance
 from common.errors import UserError, require
-from common.network import ResNet
+from common.network import NoDraws, ResNet
 from common.resnet import COUNTER, D2_CARD, TORCHVISION_CARD, Arch, detectron2_name
 from detection.training import weights
 from detection.training.config import set_arch
@@ -43,6 +43,8 @@ _STATED = ("checkpoint", "card", "config")
 def build_bare_resnet(arch: Arch) -> Detectron2ResNet:
     """Detectron2's ResNet with all four stages as outputs (a C4 detector's own stops at res4).
 
+    It has no weights yet.
+
     Raises:
         UserError: If Detectron2 builds no ResNet of these widths.
     """
@@ -54,7 +56,14 @@ def build_bare_resnet(arch: Arch) -> Detectron2ResNet:
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
     cfg.MODEL.RESNETS.OUT_FEATURES = list(STAGES)
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    return build_resnet_backbone(cfg, ShapeSpec(channels=3))
+    with NoDraws():
+        return build_resnet_backbone(cfg, ShapeSpec(channels=3))
+
+
+def _build_own(arch: Arch) -> ResNet:
+    """Our ResNet, without weights yet."""
+    with NoDraws():
+        return ResNet(arch)
 
 
 def comparison_picture(size: int) -> Tensor:
@@ -186,7 +195,7 @@ def verify(
     computed = [
         features(build_bare_resnet(s.arch), to_detectron2(s.tensors), image)
         if s.layout == "detectron2"
-        else features(ResNet(s.arch), s.tensors, image)
+        else features(_build_own(s.arch), s.tensors, image)
         for s in sources
     ]
     stages = compare(*computed)
@@ -289,7 +298,7 @@ def convert(
     image = source.preprocessing.normalise(comparison_picture(size).permute(2, 0, 1)[None])
     state = to_detectron2(source.tensors)
     stages = compare(
-        features(ResNet(source.arch), source.tensors, image),
+        features(_build_own(source.arch), source.tensors, image),
         features(build_bare_resnet(source.arch), state, image),
     )
     if not max(stages.values()) <= TOLERANCE:

@@ -2,6 +2,7 @@
 
 import collections
 import io
+import math
 import os
 import pickle
 import re
@@ -395,3 +396,16 @@ def test_the_checkpoint_of_a_folder_is_named(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     with pytest.raises(UserError, match=r"is expected\); give .*/checkpoint\.pth$"):
         checkpoints.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1.0, -1.0], True),
+        ([60_000.0, 60_000.0], True),  # the sum is none of float16
+        ([math.inf, -math.inf], False),
+        ([math.nan, 1.0], False),
+    ],
+)
+def test_what_is_finite(values: list[float], expected: bool) -> None:
+    assert checkpoints.is_finite(torch.tensor(values, dtype=torch.float16)) is expected
