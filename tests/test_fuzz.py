@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-NUM_MUTATIONS = 600
+NUM_MUTATIONS = 400
 
 
 @pytest.mark.slow
