@@ -1,6 +1,7 @@
 """What holds for every test."""
 
 import gc
+import os
 import sys
 from collections.abc import Generator
 
@@ -15,6 +16,12 @@ def pytest_collection() -> Generator[None, object, object]:
     gc.freeze()
     gc.enable()
     return result
+
+
+def pytest_unconfigure() -> None:
+    """What was frozen is let go, or Triton's bindings take it for a leak and print it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # nobody sees what those print
+        gc.unfreeze()
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures of any scope
