@@ -1,7 +1,6 @@
 """What holds for every test."""
 
 import gc
-import os
 import sys
 from collections.abc import Generator
 
@@ -20,8 +19,7 @@ def pytest_collection() -> Generator[None, object, object]:
 
 def pytest_unconfigure() -> None:
     """What was frozen is let go, or Triton's bindings take it for a leak and print it."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:  # nobody sees what those print
-        gc.unfreeze()
+    gc.unfreeze()
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures of any scope
