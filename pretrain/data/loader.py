@@ -30,9 +30,9 @@ from pretrain.data.decode import Sample, ViewWriter
 from pretrain.data.random_numbers import counter_rng
 from pretrain.data.shards import Samples
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # they stop a run; workers get them too
 _CHUNK = 64  # samples whose encoded pictures a worker holds at once
 _MAX_REPLACEMENTS = 32  # stand-ins tried for one bad sample before giving up
-_CLUSTER_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)  # sent to the workers too
 _MAX_KEPT = 4  # blocks of memory that lie idle; a batch ahead and one in use need two
 
 
@@ -487,7 +487,7 @@ class _SafelyStarted(DataLoader):
     """Signals that come while its workers start reach these once they are set up."""
 
     def __iter__(self) -> Any:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _CLUSTER_SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             return super().__iter__()  # a worker begins with its parent's mask
         finally:
@@ -505,7 +505,7 @@ def _set_up_worker(leaving: Synchronized, _: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end_with_parent)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _CLUSTER_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 @cache

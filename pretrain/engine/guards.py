@@ -20,7 +20,7 @@ from common.files import write_json
 from pretrain import collectives as dist
 from pretrain.config import EngineConfig
 from pretrain.data.input_pipeline import DeviceBatch
-from pretrain.data.loader import ViewBatch
+from pretrain.data.loader import SIGNALS, ViewBatch
 from pretrain.engine.checkpoint import Checkpoints, NonFiniteLossError
 from pretrain.engine.run_folder import ProgressLog
 from pretrain.engine.trainer import Callback, Position, StepResult
@@ -32,7 +32,6 @@ STDERR = 2  # file descriptor: faulthandler cannot write to a stream that a test
 _SAMPLE_KEYS = ("sample_ids", "repeats", "sample_hashes")
 _NONE = 1 << 62  # later than any step
 _ROOM = 4  # the rank is judged where batch and width leave room for so many times the alarm's
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # A cluster signals all processes of a job, torchrun passes on what it got: one request, echoed.
 _ECHO_SECONDS = 5.0
 

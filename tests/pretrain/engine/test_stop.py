@@ -9,8 +9,9 @@ from unittest.mock import Mock
 import pytest
 
 from common.errors import StoppedBySignal
+from pretrain.data.loader import SIGNALS
 from pretrain.engine import guards
-from pretrain.engine.guards import SIGNALS, StopOnSignal
+from pretrain.engine.guards import StopOnSignal
 
 
 @pytest.fixture
