@@ -21,9 +21,7 @@ from common.resnet import BLOCKS_PER_STAGE, Arch
 _HAS_AVX512 = torch.cpu._is_avx512_supported()
 
 
-class NoDraws(TorchFunctionMode):
-    """Modules made in this context draw no values, for those that get theirs at once."""
-
+class _NoDraws(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         is_draw = func in (Tensor.normal_, Tensor.uniform_)
         return args[0] if is_draw else func(*args, **(kwargs or {}))
@@ -35,7 +33,7 @@ def shapes_alone() -> Iterator[None]:
 
     To draw there torch imports its compiler: 1.4 s and 150 MB.
     """
-    with torch.device("meta"), NoDraws():
+    with torch.device("meta"), _NoDraws():
         yield
 
 

@@ -14,7 +14,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from common import backbone, checkpoints, files, provenance
 from common.errors import UserError, require
-from common.network import NoDraws, ResNet
+from common.network import ResNet, shapes_alone
 from common.resnet import COUNTER, D2_CARD, TORCHVISION_CARD, Arch, detectron2_name
 from detection.training import weights
 from detection.training.config import set_arch
@@ -43,8 +43,6 @@ _STATED = ("checkpoint", "card", "config")
 def build_bare_resnet(arch: Arch) -> Detectron2ResNet:
     """Detectron2's ResNet with all four stages as outputs (a C4 detector's own stops at res4).
 
-    It has no weights yet.
-
     Raises:
         UserError: If Detectron2 builds no ResNet of these widths.
     """
@@ -56,14 +54,7 @@ def build_bare_resnet(arch: Arch) -> Detectron2ResNet:
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
     cfg.MODEL.RESNETS.OUT_FEATURES = list(STAGES)
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    with NoDraws():
-        return build_resnet_backbone(cfg, ShapeSpec(channels=3))
-
-
-def _build_own(arch: Arch) -> ResNet:
-    """Our ResNet, without weights yet."""
-    with NoDraws():
-        return ResNet(arch)
+    return build_resnet_backbone(cfg, ShapeSpec(channels=3))
 
 
 def comparison_picture(size: int) -> Tensor:
@@ -89,15 +80,20 @@ def to_detectron2(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def features(network: nn.Module, state: dict[str, Tensor], image: Tensor) -> dict[str, Tensor]:
+def features(
+    build: Callable[[Arch], nn.Module], arch: Arch, state: dict[str, Tensor], image: Tensor
+) -> dict[str, Tensor]:
     """Features res2 to res5 in fp32 and evaluation mode; every tensor must find its place.
 
     Args:
-        network: `ResNet`, or Detectron2's from `build_bare_resnet`.
+        build: `ResNet`, or `build_bare_resnet` for Detectron2's.
+        arch: Its architecture.
         state: Its tensors, batch counters left out.
         image: Normalised pictures (N, 3, H, W), float32.
     """
-    result = network.load_state_dict(state, strict=False)
+    with shapes_alone():
+        network = build(arch)
+    result = network.load_state_dict(state, strict=False, assign=True)
     left = [key for key in result.missing_keys if not key.endswith("num_batches_tracked")]
     assert not left, f"missing {left}"
     assert not result.unexpected_keys, f"unexpected {result.unexpected_keys}"
@@ -193,9 +189,9 @@ def verify(
     pixels = stated[0] if stated else a.preprocessing
     image = pixels.normalise(comparison_picture(size).permute(2, 0, 1)[None])
     computed = [
-        features(build_bare_resnet(s.arch), to_detectron2(s.tensors), image)
+        features(build_bare_resnet, s.arch, to_detectron2(s.tensors), image)
         if s.layout == "detectron2"
-        else features(_build_own(s.arch), s.tensors, image)
+        else features(ResNet, s.arch, s.tensors, image)
         for s in sources
     ]
     stages = compare(*computed)
@@ -298,8 +294,8 @@ def convert(
     image = source.preprocessing.normalise(comparison_picture(size).permute(2, 0, 1)[None])
     state = to_detectron2(source.tensors)
     stages = compare(
-        features(_build_own(source.arch), source.tensors, image),
-        features(build_bare_resnet(source.arch), state, image),
+        features(ResNet, source.arch, source.tensors, image),
+        features(build_bare_resnet, source.arch, state, image),
     )
     if not max(stages.values()) <= TOLERANCE:
         listed = ", ".join(f"{stage} {value:.1e}" for stage, value in stages.items())
