@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from common.backbone import read_backbone
 from common.files import sha256_of
@@ -107,12 +108,17 @@ def test_relative_difference_is_of_the_largest_value() -> None:
 def test_stride_in_another_place_is_seen_although_all_tensors_are_equal(ours: Path) -> None:
     source = read_backbone(ours)
     image = source.preprocessing.normalise(comparison_picture(128).permute(2, 0, 1)[None])
-    state, network = to_detectron2(source.tensors), build_bare_resnet(source.arch)
-    right = features(network, state, image)
-    for stage in ("res3", "res4", "res5"):
-        block = network.get_submodule(f"{stage}.0")
-        block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)  # type: ignore[union-attr]
-    stages = compare(right, features(network, state, image))
+    state = to_detectron2(source.tensors)
+
+    def stride_elsewhere(arch: Arch) -> nn.Module:
+        network = build_bare_resnet(arch)
+        for stage in ("res3", "res4", "res5"):
+            block = network.get_submodule(f"{stage}.0")
+            block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)  # type: ignore[union-attr]
+        return network
+
+    right = features(build_bare_resnet, source.arch, state, image)
+    stages = compare(right, features(stride_elsewhere, source.arch, state, image))
     assert stages["res2"] == 0
     assert min(stages[stage] for stage in ("res3", "res4", "res5")) > 1e-2
 
