@@ -97,6 +97,7 @@ def test_pictures_are_like_real_ones(tmp_path):
         loader.photos_of_folder(tmp_path / "nothing", 1)
 
 
+@pytest.mark.slow
 def test_fa_overhead(tmp_path):
     cells = "byol/parallel/nn@4,infonce/parallel/mask,infonce/post/mask,deepclusterv2/basic/mask"
     arguments = [*STEP, "--repeats", "2", "--fa-repeats", "2", "--cells", cells]
@@ -112,6 +113,7 @@ def test_fa_overhead(tmp_path):
     assert (figures["device"], figures["sizes"]["queue_size"]) == ("cpu", 64)
 
 
+@pytest.mark.slow
 def test_cost_growth(tmp_path, monkeypatch, capsys):
     photos = harness.encoded_photos(2)
     monkeypatch.setattr(harness, "encoded_photos", lambda num: photos[:num])
@@ -184,6 +186,7 @@ def test_loader(tmp_path, monkeypatch):
     assert stages["decode"] > stages["flip"] > 0
 
 
+@pytest.mark.slow
 def test_predict_beside_the_default_predictor(tmp_path):
     figures = figures_of(
         predict, ["--pictures", "2", "--rounds", "1", "--batch", "2", "--threads", "1"], tmp_path

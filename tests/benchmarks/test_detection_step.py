@@ -20,6 +20,7 @@ def few_rois(*places, overrides):
     return ArmSettings(*places, overrides=overrides | FEW_ROIS)
 
 
+@pytest.mark.slow
 def test_tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(detection_step, "ArmSettings", few_rois)
     out = tmp_path / "figures.json"

@@ -93,6 +93,7 @@ def test_the_convolutions_alone_are_those_of_a_step(arms):
     assert 0.9 * of_step < count_flops(lambda: alone.steps(1)) < of_step  # the rest are heads
 
 
+@pytest.mark.slow
 def test_contract(tmp_path, monkeypatch):
     photos = harness.encoded_photos(2)
     monkeypatch.setattr(harness, "encoded_photos", lambda num: photos[:num])

@@ -366,6 +366,7 @@ def read_all(folder: Path) -> None:
         print(f"{path.stem}|{time.process_time() - begin}|{answer}", flush=True)
 
 
+@pytest.mark.slow
 def test_hostile_files_are_refused_in_5_seconds_and_1_gib(tmp_path: Path) -> None:
     for name, content in HOSTILE.items():
         (tmp_path / f"{name}.pth").write_bytes(content)

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 BEGIN = """
 import gc, sys
 import common.startup
@@ -56,6 +58,7 @@ exec({BEGIN + TRAINING + END!r}, {{}})
 """
 
 
+@pytest.mark.slow
 def test_training_needs_no_compiler_and_gives_the_same_bits() -> None:
     command = [sys.executable, "-c", PLAINLY_AND_AS_A_PROGRAM]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -123,6 +123,7 @@ def test_other_types_become_float32(dtype: torch.dtype, tmp_path: Path) -> None:
     assert source.cast == {str(dtype).removeprefix("torch."): 265}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "arch"),
     [("thin_R50_C4.yaml", Arch(101, 16, 16, 64)), ("R18_FPN.yaml", Arch(18, 64, 64, 64))],

@@ -78,6 +78,7 @@ def detector(make_detector) -> Detector:
     return make_detector("thin_R50_C4")
 
 
+@pytest.mark.slow
 def test_plain_detectron2_finds_the_same(make_folder, make_detector, tmp_path):
     """A pyramid from the seed's own files; a C4 detector exported, its extra norm folded."""
     detectors = [make_detector("R18_FPN"), make_detector("thin_R50_C4")]
@@ -105,6 +106,7 @@ def test_basic_blocks_have_no_plain_form(make_detector, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["torchscript", "onnx"])
 @pytest.mark.parametrize("name", ["thin_R50_C4", "R18_FPN", "R18_C4"])
 def test_traced_forms_find_the_same_at_every_size(make_detector, name, to, tmp_path):

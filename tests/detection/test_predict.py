@@ -88,6 +88,7 @@ def size_of(path: Path) -> tuple[int, int]:
         return picture.size
 
 
+@pytest.mark.slow
 def test_boxes_have_the_ap_of_the_result_and_the_file_alone_suffices(trained, tmp_path, capsys):
     """By a metric written from the definition, on a test list of different sizes."""
     file = shutil.copy(find_weights(trained), tmp_path / "alone.pth")

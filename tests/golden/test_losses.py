@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 RTOL, ATOL = 1e-9, 1e-10  # changing weights by 1e-13 of their value moves losses by 1e-10 at most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CELLS)
 def test_twenty_steps_in_float64(name: str) -> None:
     with float64_is_kept():

@@ -50,6 +50,7 @@ def _compare() -> None:
     assert torch.equal(gathered[5 * rank : 5 * rank + 5], ours)
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_gather_is_pytorchs(tmp_path: Path) -> None:
     assert_well(run_group(compare_with_pytorch, (str(tmp_path),)))

@@ -143,6 +143,7 @@ def test_interrupted_run_ends_as_the_uninterrupted_one(train, tmp_path):
     assert "resuming after iteration 2" in (folder / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_finished_seed_trains_on_as_if_it_had_been_longer_from_the_start(
     train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -51,6 +51,7 @@ def shape_of_object(scene: Scene) -> np.ndarray:
     return np.append(small, 3 * np.log((x1 - x0) / (y1 - y0)))
 
 
+@pytest.mark.slow
 def test_colour_does_not_give_the_class_away_but_shape_does(probes):
     assert accuracy(probes, colours_of_object) < 2.2 / NUM_CLASSES  # chance is half of it
     assert accuracy(probes, shape_of_object) > 0.6

@@ -242,6 +242,7 @@ def reader(server: Faulty, folder: Path, seed: int, num: int) -> Iterator[subpro
         process.stdout.close()
 
 
+@pytest.mark.slow
 def test_many_processes_one_killed(server: Faulty, tmp_path: Path) -> None:
     cache = make(tmp_path, 5)
     is_cut = threading.Event()

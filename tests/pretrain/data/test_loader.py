@@ -177,6 +177,7 @@ raise KeyError  # the traceback keeps the batches: nobody closes the loader
 """
 
 
+@pytest.mark.slow
 def test_process_that_fails_in_an_epoch_ends_at_once_with_its_workers(shard_folder: Path) -> None:
     command = [sys.executable, "-c", LEFT_EARLY, str(shard_folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

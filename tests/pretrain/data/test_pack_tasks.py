@@ -66,6 +66,7 @@ def is_held(lock: Path) -> bool:
         return not lock_file(stream, lock.parent)
 
 
+@pytest.mark.slow
 def test_killed_command_and_killed_task(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Tasks outlive their command; another one is refused until they have ended, then goes on."""
     source, out = tmp_path / "in", tmp_path / "out"

@@ -197,6 +197,7 @@ def test_epochs_are_reproducible_and_resume_with_the_right_number(shard_folder: 
     assert list(streaming.epoch(2, 5)) == []
 
 
+@pytest.mark.slow
 def test_workers_of_two_ranks(shard_folder: Path) -> None:
     options = {"num_workers": 2, "world_size": 2, "shuffle_buffer": 1}  # a shard for each reader
     ranks = [loader(str(shard_folder), rank=rank, **options) for rank in range(2)]

@@ -132,6 +132,7 @@ def shards_with_bad_pictures(make_shards):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_decide_alike_and_count_together(
     config_file, shards_with_bad_pictures, tmp_path
